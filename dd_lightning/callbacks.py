@@ -1,0 +1,178 @@
+"""What happens beside Algorithm 1: held-out evaluation, pictures, and stopping on a loss that is not finite."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dd_lightning.checks import check_count
+from dd_lightning.data import RealData
+from dd_lightning.data.datasets import Pictures
+from dd_lightning.distilled import DistilledData
+from dd_lightning.distiller import DatasetDistiller
+from dd_lightning.heldout import HeldOutResult, evaluate_held_out
+from dd_lightning.picture import draw
+from dd_lightning.seeding import Stream
+
+log = logging.getLogger(__name__)
+
+
+class HeldOutEvaluation(Callback):
+    """Trains unseen networks on the distilled data: on validation pictures while distilling, on the test set at the end.
+
+    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %.
+
+    Args:
+        networks: unseen networks per evaluation while distilling (one, where the init is fixed).
+        test_networks: unseen networks for the test, other ones than for validation.
+        every: outer steps between evaluations.
+        per_step: evaluate after every GD step, not only after the last.
+    """
+
+    def __init__(self, networks: int = 20, test_networks: int = 200, every: int = 500, per_step: bool = False) -> None:
+        check_count(networks=networks, test_networks=test_networks, every=every)
+        self.networks, self.test_networks, self.every, self.per_step = networks, test_networks, every, per_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every and step != trainer.max_steps:
+            return
+        assert isinstance(pl_module, DatasetDistiller)
+        data: RealData = trainer.datamodule  # type: ignore[attr-defined]
+        result = self._evaluate(
+            pl_module, pl_module.distilled, data, data.validation, self.networks, Stream.HELD_OUT_VALIDATION
+        )
+        metrics = result.metrics("heldout")
+        # Every process has the gathered result: there is nothing left to synchronise.
+        pl_module.log(
+            "heldout/accuracy_mean", metrics.pop("heldout/accuracy_mean"), prog_bar=True, rank_zero_only=False
+        )
+        pl_module.log_dict(metrics)
+        log.info(f"step {step}: held-out accuracy {result}")
+
+    def test(self, module: DatasetDistiller, distilled: DistilledData, data: RealData) -> HeldOutResult:
+        """Accuracy on the test set; called once, when the distilled data are final."""
+        with progress_of_networks("test", module.init.num_held_out(self.test_networks)) as advance:
+            return self._evaluate(
+                module, distilled, data, data.test, self.test_networks, Stream.HELD_OUT_TEST, on_progress=advance
+            )
+
+    def _evaluate(
+        self,
+        module: DatasetDistiller,
+        distilled: DistilledData,
+        data: RealData,
+        pictures: Pictures,
+        count: int,
+        stream: Stream,
+        **kwargs: Any,
+    ) -> HeldOutResult:
+        initial_weights = module.init.held_out(module.network, count, stream)
+        return evaluate_held_out(
+            module.network, initial_weights, distilled, pictures, data.preprocessing, self.per_step, **kwargs
+        )
+
+
+@contextmanager
+def progress_of_networks(description: str, total: int) -> Iterator[Any]:
+    """A progress bar over held-out networks; yields the function that advances it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("networks"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=get_console(), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda networks: progress.advance(task, networks)
+
+
+class DistilledPictures(Callback):
+    """Draws the distilled images and logs them with their learning rates, to the run folder and every logger.
+
+    Args:
+        every: outer steps between pictures.
+    """
+
+    def __init__(self, every: int = 500) -> None:
+        check_count(every=every)
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if (step % self.every and step != trainer.max_steps) or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, DatasetDistiller)
+        data: RealData = trainer.datamodule  # type: ignore[attr-defined]
+        distilled = pl_module.distilled.detach()
+        path = Path(trainer.default_root_dir) / "pictures" / f"step_{step:06d}.png"
+        draw(distilled, data.preprocessing, f"outer step {step}", path)
+        rates = {
+            f"learning_rate/epoch_{e}_step_{i}": rate
+            for e, epoch in enumerate(distilled.learning_rates.tolist())
+            for i, rate in enumerate(epoch)
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step=step)
+        log_picture(trainer, path, step)
+
+
+def log_picture(trainer: pl.Trainer, path: Path, step: int) -> None:
+    """Shows a picture file in the loggers that can."""
+    import matplotlib.image
+
+    for logger in trainer.loggers:
+        if isinstance(logger, pl.loggers.WandbLogger):
+            logger.log_image("distilled", [str(path)], step=step)
+        elif isinstance(logger, pl.loggers.TensorBoardLogger):
+            logger.experiment.add_image("distilled", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The outer loss became NaN or infinite."""
+
+
+class FiniteLoss(Callback):
+    """Stops the run when the outer loss is NaN or infinite, and saves the last distilled data whose loss was finite."""
+
+    def __init__(self) -> None:
+        self._last_good: DistilledData | None = None
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        assert isinstance(pl_module, DatasetDistiller)
+        if torch.isfinite(loss):
+            self._last_good = pl_module.distilled.detach()
+            return
+        rates = ", ".join(f"{rate:.3g}" for rate in pl_module.distilled.learning_rates.flatten().tolist())
+        message = f"the outer loss is {loss.item()} at outer step {trainer.global_step}, with learning rates {rates}"
+        if self._last_good is not None:
+            path = Path(trainer.default_root_dir) / "last_good.safetensors"
+            if trainer.is_global_zero:
+                self._last_good.save(path)
+            message += f"; the last good distilled data are at {path}"
+        raise NonFiniteLossError(f"{message}; try a smaller distilled.learning_rate or optimizer.lr")
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's Rich bar: outer steps, time left, loss and held-out accuracy."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        shown = {"train/loss": "loss", "heldout/accuracy_mean": "held-out %"}
+        return {shown.get(name, name): value for name, value in metrics.items()}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "distilling"

@@ -1,0 +1,36 @@
+"""Checks of what a user sets, with errors in the user's words."""
+
+import math
+from numbers import Integral, Real
+
+
+def check_count(**values: object) -> None:
+    """Each value must be a whole number of at least 1.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def check_positive(**values: object) -> None:
+    """Each value must be a finite number above 0.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not (0 < value < math.inf):
+            raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """`value` must be one of `choices`.
+
+    Raises:
+        ValueError: listing the valid choices.
+    """
+    if value not in list(choices):  # type: ignore[call-overload]
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, choices))}")  # type: ignore[call-overload]

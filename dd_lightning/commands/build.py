@@ -1,0 +1,77 @@
+"""From a composed configuration to objects, and from objects to the card that describes them."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from dd_lightning.data import RealData
+from dd_lightning.distilled import DistilledData
+from dd_lightning.init import RandomInit
+from dd_lightning.networks import check_network
+
+# What distilled data are made for, and what an evaluation takes over from their card.
+CARD_GROUPS = ("dataset", "network", "init", "objective")
+
+
+def build_data(cfg: DictConfig) -> RealData:
+    """The real data, loaded; their form is then known to the rest of the configuration (`${dataset.channels}` …)."""
+    data = RealData(instantiate(cfg.dataset), cfg.batch_size, cfg.seed)
+    data.prepare_data()
+    data.setup()
+    with open_dict(cfg.dataset):
+        cfg.dataset.channels = data.preprocessing.channels
+        cfg.dataset.image_size = data.preprocessing.image_size
+        cfg.dataset.num_classes = data.num_classes
+    return data
+
+
+def build_network(cfg: DictConfig, data: RealData, init: RandomInit) -> nn.Module:
+    """The network template, checked against the data set and the init."""
+    network = instantiate(cfg.network)
+    check_network(network, data.preprocessing.image_shape, data.num_classes)
+    init.check(network)
+    return network
+
+
+def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:
+    return instantiate(cfg.distilled, data=data)
+
+
+def settings(cfg: DictConfig, group: str) -> dict[str, Any]:
+    """A group's resolved settings, without Hydra's own keys."""
+    resolved: Any = OmegaConf.to_container(cfg[group], resolve=True)
+    return {key: value for key, value in resolved.items() if not key.startswith("_")}
+
+
+def make_card(cfg: DictConfig, data: RealData) -> dict[str, Any]:
+    """What the distilled data are made for."""
+    choices = HydraConfig.get().runtime.choices
+    card: dict[str, Any] = {
+        group: {"choice": choices.get(group), "target": cfg[group].get("_target_"), **settings(cfg, group)}
+        for group in CARD_GROUPS
+    }
+    return card | {
+        "classes": data.num_classes,
+        "order": "in every epoch the steps in the order of the file, each step one minibatch",
+        "preprocessing": data.preprocessing.as_dict(),
+        "seed": cfg.seed,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    packages = ("dd_lightning", "torch", "torchvision", "pytorch-lightning", "higher")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def hardware() -> str:
+    """The device that did the work."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,174 @@
+"""dd-distill: Algorithm 1 on a composed configuration."""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from dd_lightning.atomic import write_json
+from dd_lightning.callbacks import HeldOutEvaluation, log_picture
+from dd_lightning.checks import check_count, check_positive
+from dd_lightning.commands.build import build_data, build_distilled, build_network, hardware, make_card, settings
+from dd_lightning.commands.launch import command
+from dd_lightning.distiller import DatasetDistiller
+from dd_lightning.init import FixedInit
+from dd_lightning.picture import draw
+
+log = logging.getLogger(__name__)
+
+# A run may go on from a checkpoint only if these agree: they decide what is computed.
+COMPUTED_FROM = ("dataset", "network", "init", "objective", "distilled", "optimizer", "schedule")
+
+
+def distill(cfg: DictConfig) -> float:
+    """Distils, tests on unseen networks, and saves data, picture and result in the run's folder.
+
+    Returns:
+        Mean held-out test accuracy in %.
+    """
+    started = time.monotonic()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    check_writable(folder)
+    check_count(**{"trainer.max_steps": cfg.trainer.max_steps})
+    check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
+    pl.seed_everything(cfg.seed, verbose=False)
+    data = build_data(cfg)
+    init = instantiate(cfg.init)
+    network = build_network(cfg, data, init)
+    distilled = build_distilled(cfg, data)
+    if isinstance(init, FixedInit):
+        distilled = replace(distilled, initial_weights=init.weights(network))
+    distiller = DatasetDistiller(
+        replace(distilled, card=make_card(cfg, data)),
+        network,
+        init,
+        instantiate(cfg.unroll),
+        instantiate(cfg.objective),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.schedule),
+        cfg.rate_scale,
+        computed_from(cfg),
+    )
+    checkpoint = find_checkpoint(cfg.resume)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    loggers = [
+        instantiate(logger, config=config) if "WandbLogger" in logger._target_ else instantiate(logger)
+        for logger in (cfg.logger or {}).values()
+    ]
+    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=str(folder))
+    try:
+        trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        return finish(cfg, trainer, distiller, data, folder, time.monotonic() - started)
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+
+
+def finish(
+    cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, data: Any, folder: Path, fitted: float
+) -> float:
+    """Chooses the best distilled data by validation, tests them once, and writes the results."""
+    device = trainer.strategy.root_device
+    validation = load_best(trainer, distiller)
+    distiller.to(device)
+    distiller.network.to(device)
+    held_out = next((c for c in trainer.callbacks if isinstance(c, HeldOutEvaluation)), HeldOutEvaluation())  # type: ignore[attr-defined]
+    result = held_out.test(distiller, distiller.distilled.detach(), data)
+    distilled = replace(
+        distiller.distilled.detach().to("cpu"), card=distiller.distilled.card | {"accuracy": result.as_dict()}
+    )
+    if not trainer.is_global_zero:
+        return result.mean
+    distilled.save(folder / "distilled.safetensors")
+    draw(distilled, data.preprocessing, f"{cfg.name}: {result}", folder / "distilled.png")
+    write_json(
+        folder / "result.json",
+        {
+            "name": cfg.name,
+            "seed": cfg.seed,
+            "test": result.as_dict(),
+            "validation_accuracy_mean": validation,
+            "learning_rates": distilled.learning_rates.tolist(),
+            "outer_steps": trainer.global_step,
+            "seconds_distilling": fitted,
+            "hardware": hardware(),
+            "expected": cfg.get("expected"),
+            "card": distilled.card,
+        },
+    )
+    for logger in trainer.loggers:
+        logger.log_metrics(result.metrics("test"), step=trainer.global_step)
+    log_picture(trainer, folder / "distilled.png", trainer.global_step)
+    networks = f"{len(result.accuracies)} unseen network{'s' if len(result.accuracies) > 1 else ''}"
+    if distiller.init.fixed:
+        networks = "the fixed network"
+    images = distilled.images.shape[0] * distilled.images.shape[1]
+    log.info(f"test accuracy of {networks}, trained on {images} distilled images: {result}")
+    log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
+    return result.mean
+
+
+def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
+    """Puts the checkpoint with the best held-out validation accuracy into the module; returns that accuracy."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path and callback.monitor:
+            saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            distiller.load_state_dict(saved["state_dict"])
+            return None if callback.best_model_score is None else float(callback.best_model_score)
+    return None
+
+
+def computed_from(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat."""
+    flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
+    for group in COMPUTED_FROM:
+        if cfg[group] is not None:
+            flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
+            flat[f"{group}._target_"] = cfg[group].get("_target_")
+    flat.pop("dataset.data_dir", None)
+    return flat
+
+
+def find_checkpoint(resume: str | None) -> str | None:
+    """The checkpoint to go on from: a file, or the last one of a run's folder."""
+    if resume is None:
+        return None
+    path = Path(resume)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume={resume}: there is no checkpoint at {path}")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"resume={resume}: {path} is truncated or not a checkpoint") from error
+    return str(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses, at the start, a folder that nothing can be written to."""
+    probe = folder / ".writable"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+
+
+main = command("distill", distill)
+
+if __name__ == "__main__":
+    main()

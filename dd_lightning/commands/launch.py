@@ -1,0 +1,70 @@
+"""What every command shares: where its configuration lies, and errors in one line."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dotenv
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dd_lightning.resolvers import register
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In an installed wheel conf/ lies inside the package, in a checkout beside it.
+CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+TRACEBACK = "DD_TRACEBACK"
+
+register()
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a user reads it: the innermost message, with the config key where Hydra knows it."""
+    prefix = ""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
+        prefix = f"{key}: " if key else prefix
+        error = error.__cause__
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if not isinstance(error, ValueError | OSError | FloatingPointError | hydra.errors.HydraException):
+        message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
+    return prefix + message
+
+
+def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """The entry point of a command.
+
+    Bad input ends it with one line on stderr and exit code 1; `DD_TRACEBACK=1` or `debug=...` shows the traceback.
+    In a multirun the other jobs are run first.
+    """
+    program = f"dd-{config_name}"
+
+    def run_task(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except Exception as error:
+            if cfg.get("traceback"):
+                os.environ[TRACEBACK] = "1"
+            if os.environ.get(TRACEBACK) or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            sys.exit(f"{program}: error: {one_line(error)}")
+
+    def main() -> None:
+        dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run_task)()
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            sys.exit(f"{program}: error: {one_line(error)}")
+
+    return main

@@ -1,0 +1,108 @@
+"""The stream of real minibatches x_t (Algorithm 1, line 3)."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dd_lightning.checks import check_count
+from dd_lightning.data.augmentation import random_crop, random_flip
+from dd_lightning.data.datasets import ImageDataset, Pictures
+from dd_lightning.seeding import Stream, generator
+
+Batch = tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"]]
+
+
+class RealData(pl.LightningDataModule):
+    """Real data, held on the device as uint8 and cut there into normalised, augmented minibatches.
+
+    A minibatch depends on `(seed, step)` alone: every device sees the same one, and a resumed run goes on with the
+    batch it would have seen. Every epoch runs through all training pictures in a new order, its last batch kept.
+
+    Args:
+        dataset: the pictures and their form.
+        batch_size: real images per outer step.
+        seed: of the order and the augmentation.
+
+    Attributes (after `setup`): `train`, `validation`, `test` (`Pictures`), `preprocessing`, `num_classes`.
+    """
+
+    def __init__(self, dataset: ImageDataset, batch_size: int = 1024, seed: int = 0) -> None:
+        super().__init__()
+        check_count(batch_size=batch_size)
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self._ready = False
+
+    def prepare_data(self) -> None:
+        self.dataset.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._ready:
+            return
+        training, self.test, self.preprocessing, self.num_classes = self.dataset.load()
+        # The validation part is the same for every seed, so that runs can be compared on it.
+        order = torch.randperm(len(training), generator=generator(0, Stream.SPLIT))
+        held_out, rest = order[: self.dataset.validation].sort().values, order[self.dataset.validation :].sort().values
+        self.validation = Pictures(training.images[held_out], training.labels[held_out])
+        self.train = Pictures(training.images[rest], training.labels[rest])
+        empty = torch.bincount(self.train.labels, minlength=self.num_classes).eq(0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"data set {self.dataset.name}: class {empty[0]} has no training picture left beside the "
+                f"validation part; lower dataset.validation={self.dataset.validation}"
+            )
+        self._ready = True
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all parts to the device on which minibatches are wanted."""
+        self.train, self.validation, self.test = (p.to(device) for p in (self.train, self.validation, self.test))
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.train) // self.batch_size)
+
+    def minibatch(self, step: int) -> Batch:
+        """x_t and its labels, for outer step t = `step`, from 0."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        chosen = self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        chosen = chosen.to(self.train.images.device)
+        images, labels = self.train.images[chosen], self.train.labels[chosen]
+        random = generator(self.seed, Stream.AUGMENTATION, step)
+        if self.dataset.crop_padding:
+            images = random_crop(images, self.dataset.crop_padding, random)
+        if self.dataset.flip:
+            images = random_flip(images, random)
+        return self.preprocessing(images), labels
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one order, for as long as the module lives
+    def _order(self, epoch: int) -> Int[Tensor, " n"]:
+        return torch.randperm(len(self.train), generator=generator(self.seed, Stream.MINIBATCH, epoch))
+
+    def train_dataloader(self) -> "Minibatches":
+        assert self.trainer is not None
+        self.to(self.trainer.strategy.root_device)
+        return Minibatches(self, self.trainer.global_step, self.trainer.max_steps)
+
+
+class Minibatches:
+    """The minibatches of outer steps `start` to `stop`: a whole run is one Lightning epoch of `stop` batches."""
+
+    def __init__(self, data: RealData, start: int, stop: int) -> None:
+        self.data, self.start, self.stop = data, start, stop
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.data.minibatch(step) for step in range(self.start, self.stop))
+
+    # A minibatch follows from the outer step alone, which Lightning restores itself: there is no more state, but
+    # Lightning asks for these two before it trusts that a loader resumes in the middle of an epoch.
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        pass

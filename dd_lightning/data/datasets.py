@@ -1,0 +1,227 @@
+"""Data sets: where the pictures come from, and the form in which networks see them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import get_class
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from dd_lightning.checks import check_count
+from dd_lightning.data.packed import Arrays, load_packed, save_packed
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How stored pixels become a network's input: (pixel / 255 − mean) / std, channel by channel."""
+
+    channels: int
+    image_size: int
+    mean: list[float]
+    std: list[float]
+
+    def __call__(self, images: UInt8[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def inverse(self, images: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
+        """Intensities, 0 to 1 where the pixels are those of a picture."""
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return images * std + mean
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One part of a data set, in its final size and number of channels."""
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Pictures":
+        return Pictures(self.images.to(device), self.labels.to(device))
+
+
+class ImageDataset(ABC):
+    """A labelled set of pictures with a training and a test part.
+
+    Args:
+        name: of the data set, and of its packed file.
+        num_classes: None is the largest label + 1.
+        channels: 1 or 3, into which the pictures are converted; None is as stored.
+        image_size: pixels, to which they are scaled; None is as stored.
+        mean, std: of each channel, of pixels in [0, 1]; None measures the training pictures.
+        crop_padding: augmentation: reflect-pad by so many pixels, then crop at random; 0 is none.
+        flip: augmentation: mirror every other picture at random.
+        validation: number of training pictures that are held out for validation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int | None = None,
+        channels: int | None = None,
+        image_size: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+        validation: int = 1000,
+    ) -> None:
+        check_count(validation=validation)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, not {channels!r}")
+        if image_size is not None:
+            check_count(image_size=image_size)
+        if num_classes is not None:
+            check_count(num_classes=num_classes)
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding must not be negative, but is {crop_padding}")
+        if (mean is None) != (std is None):
+            raise ValueError("give both mean and std, or neither")
+        self.name, self.num_classes, self.channels, self.image_size = name, num_classes, channels, image_size
+        self.mean, self.std = (None if v is None else [float(x) for x in v] for v in (mean, std))
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, not {self.std}")
+        self.crop_padding, self.flip, self.validation = crop_padding, flip, validation
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Makes the arrays available on this machine (download, pack); called once, before `arrays`."""
+
+    @abstractmethod
+    def arrays(self) -> Arrays:
+        """The stored arrays, checked."""
+
+    def load(self) -> tuple[Pictures, Pictures, Preprocessing, int]:
+        """Training part (validation included), test part, preprocessing and number of classes."""
+        arrays = self.arrays()
+        train, test = (
+            Pictures(self._form(getattr(arrays, f"{s}_images")), torch.from_numpy(getattr(arrays, f"{s}_labels")))
+            for s in ("train", "test")
+        )
+        if self.validation >= len(train):
+            raise ValueError(
+                f"validation={self.validation} leaves none of the {len(train)} training pictures of {self.name}"
+            )
+        channels, image_size = train.images.shape[1], train.images.shape[2]
+        if self.mean is None or self.std is None:
+            pixels = train.images.transpose(0, 1).flatten(1).double() / 255
+            mean, std = pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist()
+        else:
+            mean, std = (self._per_channel(value, channels) for value in (self.mean, self.std))
+        num_classes = self.num_classes or int(train.labels.max()) + 1
+        return train, test, Preprocessing(channels, image_size, mean, std), num_classes
+
+    def _form(self, images: np.ndarray) -> UInt8[Tensor, "n c h w"]:
+        pictures = torch.from_numpy(images)
+        pictures = pictures[:, None] if pictures.ndim == 3 else pictures.permute(0, 3, 1, 2)
+        if self.channels == 3 and pictures.shape[1] == 1:
+            pictures = pictures.expand(-1, 3, -1, -1)
+        elif self.channels == 1 and pictures.shape[1] == 3:
+            pictures = transforms.rgb_to_grayscale(pictures)
+        if self.image_size is not None and pictures.shape[-1] != self.image_size:
+            pictures = transforms.resize(pictures, [self.image_size, self.image_size], antialias=True)
+        return pictures.contiguous()
+
+    def _per_channel(self, values: list[float], channels: int) -> list[float]:
+        if len(values) == 1:
+            return values * channels
+        if len(values) != channels:
+            raise ValueError(
+                f"data set {self.name} has {channels} channel(s) but {len(values)} values of mean and std; "
+                "set dataset.mean=null dataset.std=null to measure them"
+            )
+        return values
+
+
+class Packed(ImageDataset):
+    """A user's own data set: one `.npz` file of four arrays (see `dd_lightning.data.packed`).
+
+    Args:
+        path: of the file.
+        **form: as in `ImageDataset`.
+    """
+
+    def __init__(self, path: str | None, name: str | None = None, **form: Any) -> None:
+        if not path:
+            raise ValueError("a packed data set needs the path of its .npz file: dataset.path=FILE")
+        self.path = Path(path).expanduser()
+        super().__init__(name or self.path.stem, **form)
+
+    def prepare(self) -> None:
+        pass
+
+    def arrays(self) -> Arrays:
+        return load_packed(self.path, self.num_classes)
+
+
+class TorchvisionDataset(Packed):
+    """A data set that torchvision downloads; packed once into `<data_dir>/<name>.npz`.
+
+    Args:
+        source: class with torchvision's interface, e.g. `torchvision.datasets.MNIST`.
+        train, test: arguments of `source` that choose the part.
+        data_dir: folder of the packed file; a file that is already there is used without a download.
+        **form: as in `ImageDataset`.
+    """
+
+    def __init__(
+        self, name: str, source: str, train: dict[str, Any], test: dict[str, Any], data_dir: str, **form: Any
+    ) -> None:
+        super().__init__(str(Path(data_dir) / f"{name}.npz"), name=name, **form)
+        self.source, self.parts = source, {"train": train, "test": test}
+
+    def prepare(self) -> None:
+        if self.path.is_file():
+            return
+        download = self.path.parent / "download" / self.name
+        packed = {}
+        try:
+            download.mkdir(parents=True, exist_ok=True)
+            for part, arguments in self.parts.items():
+                dataset = get_class(self.source)(root=str(download), download=True, **arguments)
+                pictures = [np.asarray(picture) for picture, _ in dataset]
+                packed[f"{part}_images"] = np.stack(pictures).astype(np.uint8)
+                packed[f"{part}_labels"] = np.array([label for _, label in dataset], dtype=np.int64)
+            save_packed(self.path, Arrays(**packed))
+        except (OSError, RuntimeError) as error:
+            message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FileNotFoundError(
+                f"data set {self.name} is not at {self.path} and could not be downloaded ({message}); "
+                "set data_dir to the folder of its packed file"
+            ) from error
+
+
+class Digits(ImageDataset):
+    """The 1,797 real handwritten digits that scikit-learn ships (8×8 pixels): nothing to download.
+
+    The 360 test digits are a fixed choice, stratified over the classes.
+    """
+
+    def prepare(self) -> None:
+        pass
+
+    def arrays(self) -> Arrays:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        parts = train_test_split(images, digits.target, test_size=360, random_state=0, stratify=digits.target)
+        train_images, test_images, train_labels, test_labels = parts
+        return Arrays(train_images, train_labels.astype(np.int64), test_images, test_labels.astype(np.int64))

@@ -1,0 +1,175 @@
+"""Distilled data: a few images, their labels and learning rates, in the order in which they are used."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dd_lightning.atomic import write_bytes
+from dd_lightning.checks import check_count, check_positive
+from dd_lightning.networks import training_without_dropout
+
+FORMAT = "dd_lightning.distilled/1"
+INITIAL = "initial_weights/"  # prefix of the tensors of θ₀ in the file
+
+
+def softplus_inverse(x: Tensor) -> Tensor:
+    """The raw value whose softplus is `x` > 0: log(eˣ − 1) = x + log(1 − e⁻ˣ)."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+@dataclass(frozen=True)
+class DistilledData:
+    """M distilled images x̃ with fixed labels and one learning rate η̃ for each GD step of each epoch (Section 3.4).
+
+    Attributes:
+        images: normalised pixels, never clipped; one minibatch per GD step.
+        labels: class of each image; fixed (Section 3.1).
+        raw_learning_rates: η̃ before the softplus that keeps it positive (Section S-1); not tied across epochs.
+        card: what the data were made for: classes, preprocessing, network, init, objective, accuracy.
+        initial_weights: the network θ₀ for which the data were distilled, where it is one fixed network.
+
+    Example:
+        >>> data = DistilledData.create(torch.randn(2, 10, 1, 28, 28), torch.arange(10).expand(2, 10), epochs=3)
+        >>> data.learning_rates.shape, len(list(data.steps()))
+        (torch.Size([3, 2]), 6)
+    """
+
+    images: Float[Tensor, "step batch c h w"]
+    labels: Int[Tensor, "step batch"]
+    raw_learning_rates: Float[Tensor, "epoch step"]
+    card: dict[str, Any] = field(default_factory=dict)
+    initial_weights: dict[str, Tensor] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        images: Float[Tensor, "step batch c h w"],
+        labels: Int[Tensor, "step batch"],
+        epochs: int = 1,
+        learning_rate: float = 0.02,
+    ) -> Self:
+        """Distilled data with every learning rate η̃ equal to `learning_rate`.
+
+        Raises:
+            ValueError: epochs below 1, or a learning rate that is not positive.
+        """
+        check_count(epochs=epochs)
+        check_positive(learning_rate=learning_rate)
+        raw = softplus_inverse(torch.full((epochs, len(images)), learning_rate, dtype=torch.float64))
+        return cls(images, labels, raw.to(images.dtype))
+
+    @property
+    def learning_rates(self) -> Float[Tensor, "epoch step"]:
+        """η̃ > 0."""
+        return F.softplus(self.raw_learning_rates)
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def steps(self) -> Iterator[tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"], Float[Tensor, ""]]]:
+        """(x̃ᵢ, labels, η̃ᵢ) of every GD step, cycling through the steps in each epoch (Section 3.4)."""
+        for epoch in self.learning_rates:
+            yield from zip(self.images, self.labels, epoch, strict=True)
+
+    def train(self, network: nn.Module) -> nn.Module:
+        """Trains `network` in place: plain GD on the mean cross entropy, Eq. (9).
+
+        Data that were distilled for one fixed network bring its weights θ₀, which are loaded first. The network's
+        inputs must be normalised as `card["preprocessing"]` says.
+
+        Args:
+            network: takes images of shape [batch, c, h, w] and returns logits.
+
+        Returns:
+            The same network, in the mode (train or eval) it came in.
+
+        Raises:
+            ValueError: the data belong to a fixed network of other shapes.
+        """
+        if self.initial_weights is not None:
+            try:
+                network.load_state_dict(self.initial_weights, strict=False)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"these data were distilled for one fixed network {self.card.get('network', {}).get('target', '')}, "
+                    f"whose weights do not fit {type(network).__name__}"
+                ) from error
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        like = parameters[0]
+        with training_without_dropout(network):
+            for images, labels, learning_rate in self.detach().to(like.device, like.dtype).steps():
+                loss = F.cross_entropy(network(images), labels)
+                gradients = torch.autograd.grad(loss, parameters)
+                with torch.no_grad():
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter -= learning_rate * gradient
+        return network
+
+    def detach(self) -> Self:
+        """A copy that shares nothing with the tensors being optimised."""
+        return replace(
+            self,
+            images=self.images.detach().clone(),
+            labels=self.labels.clone(),
+            raw_learning_rates=self.raw_learning_rates.detach().clone(),
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        return replace(
+            self,
+            images=self.images.to(device, dtype),
+            labels=self.labels.to(device),
+            raw_learning_rates=self.raw_learning_rates.to(device, dtype),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file, atomically; the card is its metadata."""
+        tensors = {
+            "images": self.images,
+            "labels": self.labels,
+            "raw_learning_rates": self.raw_learning_rates,
+            **{INITIAL + name: value for name, value in (self.initial_weights or {}).items()},
+        }
+        card = {"format": FORMAT, **self.card, "learning_rates": self.learning_rates.tolist()}
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_bytes(path, save(contiguous, metadata={"card": json.dumps(card)}))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Reads what `save` wrote; `path` may also be the run's folder.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, not safetensors, or not distilled data.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "distilled.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no distilled data at {path}")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                card = json.loads((file.metadata() or {}).get("card", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+        if not isinstance(card, dict) or card.get("format") != FORMAT:
+            raise ValueError(f"{path} is a safetensors file, but holds no distilled data")
+        initial = {n.removeprefix(INITIAL): t for n, t in tensors.items() if n.startswith(INITIAL)}
+        data = cls(tensors["images"], tensors["labels"], tensors["raw_learning_rates"], card, initial or None)
+        images, labels, rates = data.images.shape, data.labels.shape, data.raw_learning_rates.shape
+        if len(images) != 5 or labels != images[:2] or len(rates) != 2 or rates[1] != images[0]:
+            raise ValueError(
+                f"{path}: images {list(images)}, labels {list(labels)} and learning rates {list(rates)} do not fit together"
+            )
+        return data

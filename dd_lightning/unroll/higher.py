@@ -1,0 +1,33 @@
+"""The reference engine: `higher` (Grefenstette et al., 2019), one network after the other."""
+
+from collections.abc import Iterable, Iterator
+
+import higher
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD
+
+from dd_lightning.networks import Weights, stack, training_without_dropout, unstack
+from dd_lightning.unroll.interface import Step, Unroll
+
+
+class HigherUnroll(Unroll):
+    """Unrolls with `higher`'s differentiable SGD; the gradients every other engine is held against."""
+
+    def trajectory(
+        self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool = True
+    ) -> Iterator[Weights]:
+        functional = higher.monkeypatch(network, track_higher_grads=differentiable)
+        names = [name for name, _ in network.named_parameters()]
+        optimizer = SGD(network.parameters(), lr=1.0)  # the rate is given at every step
+        optimizers = [
+            higher.get_diff_optim(optimizer, network.parameters(), functional, track_higher_grads=differentiable)
+            for _ in unstack(theta_0)
+        ]
+        thetas = [[single[name].detach().requires_grad_() for name in names] for single in unstack(theta_0)]
+        with training_without_dropout(functional):
+            for images, labels, learning_rate in steps:  # Eq. (9)
+                for j, optimizer_j in enumerate(optimizers):
+                    loss = F.cross_entropy(functional(images, params=thetas[j]), labels)
+                    thetas[j] = optimizer_j.step(loss, params=thetas[j], override={"lr": [learning_rate]})
+                yield stack([dict(zip(names, theta, strict=True)) for theta in thetas])
