@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class HeldOutEvaluation(Callback):
-    """Trains unseen networks on the distilled data: on validation pictures while distilling, on the test set at the end.
+    """Trains unseen networks on the distilled data; tests them on validation pictures, at the end on the test set.
 
     Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %.
 
@@ -52,11 +53,11 @@ class HeldOutEvaluation(Callback):
             pl_module, pl_module.distilled, data, data.validation, self.networks, Stream.HELD_OUT_VALIDATION
         )
         metrics = result.metrics("heldout")
-        # Every process has the gathered result: there is nothing left to synchronise.
-        pl_module.log(
-            "heldout/accuracy_mean", metrics.pop("heldout/accuracy_mean"), prog_bar=True, rank_zero_only=False
-        )
-        pl_module.log_dict(metrics)
+        # Every process has the gathered result, and loggers want it now, whatever their interval.
+        pl_module.log("heldout/accuracy_mean", result.mean, prog_bar=True, logger=False)
+        pl_module.log_dict({k: v for k, v in metrics.items() if k != "heldout/accuracy_mean"}, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
         log.info(f"step {step}: held-out accuracy {result}")
 
     def test(self, module: DatasetDistiller, distilled: DistilledData, data: RealData) -> HeldOutResult:
@@ -134,9 +135,9 @@ def log_picture(trainer: pl.Trainer, path: Path, step: int) -> None:
     import matplotlib.image
 
     for logger in trainer.loggers:
-        if isinstance(logger, pl.loggers.WandbLogger):
+        if isinstance(logger, WandbLogger):
             logger.log_image("distilled", [str(path)], step=step)
-        elif isinstance(logger, pl.loggers.TensorBoardLogger):
+        elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image("distilled", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
 
 

@@ -1,7 +1,7 @@
 """Checks of what a user sets, with errors in the user's words."""
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
 
 def check_count(**values: object) -> None:
@@ -22,7 +22,7 @@ def check_positive(**values: object) -> None:
         ValueError: naming the setting and its value.
     """
     for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not (0 < value < math.inf):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < math.inf):
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
 
 

@@ -1,7 +1,7 @@
 """Distilled data: a few images, their labels and learning rates, in the order in which they are used."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -55,17 +55,20 @@ class DistilledData:
         images: Float[Tensor, "step batch c h w"],
         labels: Int[Tensor, "step batch"],
         epochs: int = 1,
-        learning_rate: float = 0.02,
+        learning_rate: float | Sequence[float] = 0.02,
     ) -> Self:
-        """Distilled data with every learning rate η̃ equal to `learning_rate`.
+        """Distilled data with every learning rate η̃ equal to `learning_rate`: one value, or one for each epoch.
 
         Raises:
-            ValueError: epochs below 1, or a learning rate that is not positive.
+            ValueError: epochs below 1, a learning rate that is not positive, or not one for each epoch.
         """
         check_count(epochs=epochs)
-        check_positive(learning_rate=learning_rate)
-        raw = softplus_inverse(torch.full((epochs, len(images)), learning_rate, dtype=torch.float64))
-        return cls(images, labels, raw.to(images.dtype))
+        of_epoch = list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * epochs
+        check_positive(**{f"learning_rate[{epoch}]": value for epoch, value in enumerate(of_epoch)})
+        if len(of_epoch) != epochs:
+            raise ValueError(f"learning_rate has {len(of_epoch)} values for {epochs} epochs")
+        rates = torch.tensor(of_epoch, dtype=torch.float64)[:, None].expand(-1, len(images))
+        return cls(images, labels, softplus_inverse(rates).to(images.dtype))
 
     @property
     def learning_rates(self) -> Float[Tensor, "epoch step"]:
@@ -101,8 +104,8 @@ class DistilledData:
                 network.load_state_dict(self.initial_weights, strict=False)
             except RuntimeError as error:
                 raise ValueError(
-                    f"these data were distilled for one fixed network {self.card.get('network', {}).get('target', '')}, "
-                    f"whose weights do not fit {type(network).__name__}"
+                    "these data were distilled for one fixed network, whose weights do not fit this "
+                    f"{type(network).__name__}"
                 ) from error
         parameters = [p for p in network.parameters() if p.requires_grad]
         like = parameters[0]
@@ -170,6 +173,7 @@ class DistilledData:
         images, labels, rates = data.images.shape, data.labels.shape, data.raw_learning_rates.shape
         if len(images) != 5 or labels != images[:2] or len(rates) != 2 or rates[1] != images[0]:
             raise ValueError(
-                f"{path}: images {list(images)}, labels {list(labels)} and learning rates {list(rates)} do not fit together"
+                f"{path}: images {list(images)}, labels {list(labels)} and learning rates {list(rates)} "
+                "do not fit together"
             )
         return data

@@ -1,6 +1,7 @@
 """A picture of distilled data like the paper's Figures 2 and 3."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +22,7 @@ def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = 
     rows = steps * rows_per_step
     fig = Figure(figsize=(1.6 + 0.9 * columns, 0.6 + 0.95 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(fig)
-    axes = fig.subplots(rows, columns, squeeze=False)
+    axes: Any = fig.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.axis("off")

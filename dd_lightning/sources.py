@@ -1,5 +1,7 @@
 """Ways to obtain distilled data: noise or real images to start from, or a saved file."""
 
+from collections.abc import Sequence
+
 import torch
 
 from dd_lightning.checks import check_count, check_positive
@@ -18,7 +20,7 @@ def noise(
     steps: int = 1,
     epochs: int = 3,
     images_per_class: int = 1,
-    learning_rate: float = 0.02,
+    learning_rate: float | Sequence[float] = 0.02,
     std: float = 1.0,
     seed: int = 0,
 ) -> DistilledData:
@@ -39,7 +41,7 @@ def real(
     steps: int = 1,
     epochs: int = 3,
     images_per_class: int = 1,
-    learning_rate: float = 0.02,
+    learning_rate: float | Sequence[float] = 0.02,
     seed: int = 0,
 ) -> DistilledData:
     """Random real training images of each class, in class order.
@@ -77,7 +79,8 @@ def learned(data: RealData, path: str | None) -> DistilledData:
     distilled = DistilledData.load(path)
     if distilled.num_classes != data.num_classes:
         raise ValueError(
-            f"{path} was distilled for {distilled.num_classes} classes; data set {data.dataset.name} has {data.num_classes}"
+            f"{path} was distilled for {distilled.num_classes} classes; "
+            f"data set {data.dataset.name} has {data.num_classes}"
         )
     found, wanted = (tuple(distilled.images.shape[2:]), data.preprocessing.image_shape)
     if found != wanted:

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import WandbLogger
 
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import HeldOutEvaluation, log_picture
@@ -60,11 +61,7 @@ def distill(cfg: DictConfig) -> float:
         computed_from(cfg),
     )
     checkpoint = find_checkpoint(cfg.resume)
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    loggers = [
-        instantiate(logger, config=config) if "WandbLogger" in logger._target_ else instantiate(logger)
-        for logger in (cfg.logger or {}).values()
-    ]
+    loggers = build_loggers(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=str(folder))
     try:
@@ -75,6 +72,13 @@ def distill(cfg: DictConfig) -> float:
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
+
+
+def build_loggers(cfg: DictConfig) -> list[Any]:
+    """The configured loggers; W&B gets the whole configuration with its constructor."""
+    composed = OmegaConf.to_container(cfg, resolve=True)
+    loggers = [instantiate(logger, _partial_=True) for logger in (cfg.logger or {}).values()]
+    return [logger(config=composed) if logger.func is WandbLogger else logger() for logger in loggers]
 
 
 def finish(

@@ -73,9 +73,8 @@ def evaluate(cfg: DictConfig) -> float:
         },
     )
     low, high = result.interval
-    log.info(
-        f"{cfg.split} accuracy over {len(result.accuracies)} network(s): {result} (95 % interval {low:.2f} to {high:.2f})"
-    )
+    count = len(result.accuracies)
+    log.info(f"{cfg.split} accuracy over {count} network(s): {result} (95 % interval {low:.2f} to {high:.2f})")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):
         log.info(f"  after {step} GD steps: {value:.2f} %")
     return result.mean

@@ -10,7 +10,7 @@ from typing import Any
 import dotenv
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -33,7 +33,7 @@ def one_line(error: BaseException) -> str:
         prefix = f"{key}: " if key else prefix
         error = error.__cause__
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    if not isinstance(error, ValueError | OSError | FloatingPointError | hydra.errors.HydraException):
+    if not isinstance(error, ValueError | OSError | FloatingPointError | HydraException):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
 

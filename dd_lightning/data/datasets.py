@@ -220,8 +220,8 @@ class Digits(ImageDataset):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        digits = load_digits()
+        digits: Any = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        parts = train_test_split(images, digits.target, test_size=360, random_state=0, stratify=digits.target)
+        parts: Any = train_test_split(images, digits.target, test_size=360, random_state=0, stratify=digits.target)
         train_images, test_images, train_labels, test_labels = parts
         return Arrays(train_images, train_labels.astype(np.int64), test_images, test_labels.astype(np.int64))

@@ -62,7 +62,8 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
             or (images.ndim == 4 and images.shape[3] not in (1, 3))
         ):
             raise ValueError(
-                f"{path}: {split}_images must be uint8 of shape [N, H, W] or [N, H, W, 3], not {images.dtype} {list(images.shape)}"
+                f"{path}: {split}_images must be uint8 of shape [N, H, W] or [N, H, W, 3], "
+                f"not {images.dtype} {list(images.shape)}"
             )
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             raise ValueError(
@@ -79,7 +80,8 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
         labels = arrays[f"{split}_labels"]
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(
-                f"{path}: {split}_labels run from {labels.min()} to {labels.max()}, outside 0 to {classes - 1} ({classes} classes)"
+                f"{path}: {split}_labels run from {labels.min()} to {labels.max()}, "
+                f"outside 0 to {classes - 1} ({classes} classes)"
             )
     empty = np.flatnonzero(np.bincount(arrays["train_labels"].astype(np.int64), minlength=classes) == 0)
     if len(empty):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import higher
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
@@ -28,6 +29,7 @@ class HigherUnroll(Unroll):
         with training_without_dropout(functional):
             for images, labels, learning_rate in steps:  # Eq. (9)
                 for j, optimizer_j in enumerate(optimizers):
-                    loss = F.cross_entropy(functional(images, params=thetas[j]), labels)
-                    thetas[j] = optimizer_j.step(loss, params=thetas[j], override={"lr": [learning_rate]})
+                    with torch.enable_grad():
+                        loss = F.cross_entropy(functional(images, params=thetas[j]), labels)
+                        thetas[j] = list(optimizer_j.step(loss, params=thetas[j], override={"lr": [learning_rate]}))
                 yield stack([dict(zip(names, theta, strict=True)) for theta in thetas])

@@ -1,0 +1,82 @@
+"""Shared pieces: a small packed data set, small networks, and commands run as a user runs them."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Writes a packed data set of easily told classes; keyword arguments replace its arrays."""
+
+    def write(name="toy", classes=3, size=12, channels=None, **replaced):
+        random = np.random.default_rng(0)
+        arrays = {}
+        for part, count in (("train", 60), ("test", 30)):
+            labels = np.arange(count, dtype=np.int64) % classes
+            shape = (count, size, size) if channels is None else (count, size, size, channels)
+            images = random.integers(0, 80, shape) + (labels * (160 // classes)).reshape(-1, *[1] * (len(shape) - 1))
+            arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, **{k: v for k, v in (arrays | replaced).items() if v is not None})
+        return path
+
+    return write
+
+
+class SmallNet(nn.Module):
+    """Twice differentiable everywhere, with group norm and dropout: for finite differences."""
+
+    def __init__(self, in_channels=1, image_size=6, num_classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(4 * image_size**2, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.dropout(torch.tanh(self.norm(self.conv(x))).flatten(1)))
+
+
+class BatchNormNet(nn.Module):
+    def __init__(self, in_channels=1, image_size=6, num_classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * image_size**2, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).flatten(1))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Runs a command in this process from a folder of its own; returns exit code, stderr and the run's folder."""
+    from dd_lightning.commands import distill, evaluate
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("DD_TRACEBACK", "DD_DATA_DIR", "DD_RUNS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+
+    def call(command, *overrides):
+        monkeypatch.setattr(sys, "argv", [f"dd-{command}", *overrides])
+        before = set(Path("runs").glob("*/*"))
+        try:
+            {"distill": distill.main, "evaluate": evaluate.main}[command]()
+            code, message = 0, ""
+        except SystemExit as stop:
+            code, message = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))
+        finally:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        new = sorted(set(Path("runs").glob("*/*")) - before)
+        return code, message + capfd.readouterr().err, new[-1].resolve() if new else None
+
+    return call

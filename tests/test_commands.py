@@ -1,0 +1,188 @@
+"""Commands as a user runs them: what they leave behind, and bad input in one line."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dd_lightning import DistilledData
+from dd_lightning.commands.launch import CONF
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom")
+TOY += ("network._target_=conftest.SmallNet", "batch_size=16")
+SHORT = (*TOY, "unroll=functional", "trainer.max_steps=4", "callbacks.held_out.every=2")
+SHORT += ("trainer.log_every_n_steps=1",)
+
+
+@pytest.fixture(autouse=True)
+def toy(packed):
+    return packed()
+
+
+def test_distill_then_evaluate(run):
+    code, error, folder = run("distill", *SHORT, "distilled.steps=2", "init=fixed", "callbacks.held_out.per_step=true")
+    assert (code, error) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    assert (folder / "distilled.png").stat().st_size > 1000
+    assert len(list((folder / "pictures").iterdir())) == 2
+    assert "train/loss" in (folder / "csv" / "version_0" / "metrics.csv").read_text()
+    assert "wandb" not in sys.modules
+    assert len(result["test"]["accuracy_per_step"]) == 7
+    distilled = DistilledData.load(folder)
+    assert distilled.card["accuracy"] == result["test"]
+    assert distilled.card["network"]["target"] == "conftest.SmallNet"
+    assert distilled.card["preprocessing"]["channels"] == 1
+    assert distilled.initial_weights is not None
+
+    where = ("distilled=learned", f"distilled.path={folder}", "network._target_=conftest.SmallNet")
+    code, error, again = run("evaluate", *where, "per_step=true")
+    assert (code, error) == (0, "")
+    same = json.loads((again / "result.json").read_text())["test"]
+    assert same == result["test"]
+
+    code, error, other = run("evaluate", *where, "init=random", "networks=3")
+    assert code == 0
+    assert json.loads((other / "result.json").read_text())["test"]["networks"] == 3
+
+    code, error, _ = run("evaluate", *where[:2])
+    assert code == 1
+    assert "network=NAME" in error
+
+
+def test_random_init_and_real_images(run):
+    code, error, folder = run("distill", *SHORT, "init=random", "init.per_step=2", "distilled=real")
+    assert (code, error) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test"]["networks"] == 200
+    assert DistilledData.load(folder).initial_weights is None
+
+
+def test_resume_goes_on_and_refuses_another_config(run):
+    steps = "trainer.max_steps=8"
+    code, _, straight = run("distill", *SHORT, steps)
+    assert code == 0
+    code, _, first = run("distill", *SHORT)
+    code, error, _ = run("distill", *SHORT, steps, f"resume={first}", "schedule.step_size=3")
+    assert code == 1
+    assert "another config: schedule.step_size" in error
+    code, error, second = run("distill", *SHORT, steps, f"resume={first}")
+    assert (code, error, second) == (0, "", None)
+    one, other = DistilledData.load(straight), DistilledData.load(first)
+    assert torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(run, experiment, packed):
+    import numpy as np
+
+    for name, size, channels in (("mnist", 28, None), ("cifar10", 32, 3)):
+        labels = {f"{part}_labels": np.arange(count) % 10 for part, count in (("train", 60), ("test", 30))}
+        packed(name, classes=10, size=size, channels=channels, **labels)
+    overrides = ["trainer.max_steps=1", "init.per_step=1", "batch_size=8", "callbacks.held_out.test_networks=2"]
+    overrides += ["callbacks.held_out.networks=1", "data_dir=.", "dataset.validation=15", "optimizer.lr=0.001"]
+    code, error, folder = run("distill", f"experiment={experiment}", *overrides)
+    assert (code, error) == (0, "")
+    assert json.loads((folder / "result.json").read_text())["name"] == experiment
+
+
+BAD = {
+    "distilled.steps=0": "distilled: steps must be a whole number of at least 1, not 0",
+    "distilled.epochs=0": "distilled: epochs must",
+    "distilled.images_per_class=0": "distilled: images_per_class must",
+    "distilled.learning_rate=-0.1": "distilled: learning_rate[0] must be a number above 0, not -0.1",
+    "distilled.learning_rate=0": "distilled: learning_rate[0] must",
+    "distilled.std=0": "distilled: std must",
+    "init.per_step=0": "init: per_step must",
+    "init.scheme=xavier": "init: unknown scheme 'xavier'; choose one of xavier_normal",
+    "batch_size=0": "batch_size must",
+    "trainer.max_steps=0": "trainer.max_steps must",
+    "optimizer.lr=0": "optimizer.lr must",
+    "dataset.path=nowhere.npz": "there is no packed data set at nowhere.npz",
+    "dataset.image_size=20 network=lenet network.image_size=28": "does not take the data set's 1×20×20 images",
+    "network._target_=conftest.BatchNormNet": "running_mean",
+    "network._target_=no.such.Net": "no.such",
+    "dataset=imagenet": "cifar10",
+    "init=magic": "random",
+    "resume=nowhere": "there is no checkpoint at nowhere",
+    "callbacks.held_out.every=0": "every must",
+    "distilled=learned": "distilled.path=RUN_OR_FILE",
+    "distilled=learned distilled.path=nowhere": "there is no distilled data at nowhere",
+    "distilled.nonsense=1": "nonsense",
+    "runs_dir=toy.npz": "toy.npz",
+    "dataset=mnist data_dir=toy.npz": "toy.npz",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_input_in_one_line(run, overrides):
+    code, error, _ = run("distill", *SHORT, *overrides.split())
+    assert code not in (0, None)
+    assert BAD[overrides] in error
+    assert "Traceback" not in error
+    assert error.startswith("dd-distill: error: ")
+
+
+@pytest.mark.parametrize("wrong", ["truncated", "pickle", "classes", "shape", "checkpoint"])
+def test_wrong_files_in_one_line(run, wrong, tmp_path):
+    path = tmp_path / "distilled.safetensors"
+    classes, size = (4 if wrong == "classes" else 3), (8 if wrong == "shape" else 12)
+    labels = torch.arange(classes)[None]
+    DistilledData.create(torch.randn(1, classes, 1, size, size), labels).save(path)
+    if wrong == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif wrong == "pickle":
+        path.write_bytes(pickle.dumps("x"))
+    elif wrong == "checkpoint":
+        save_file({"x": torch.ones(1)}, path)
+    code, error, _ = run("evaluate", *TOY, "distilled=learned", f"distilled.path={path}")
+    assert code == 1
+    assert error.startswith("dd-evaluate: error: ")
+    assert str(path) in error
+    assert "Traceback" not in error
+
+
+def test_a_card_cannot_name_code(run, tmp_path):
+    """A card is somebody else's: its targets are compared, never instantiated."""
+    labels = torch.arange(3)[None]
+    data = DistilledData.create(torch.randn(1, 3, 1, 12, 12), labels)
+    data.card["network"] = {"choice": "lenet", "target": "os.system", "_target_": "os.system", "command": "touch ran"}
+    data.save(tmp_path / "distilled.safetensors")
+    code, error, _ = run("evaluate", f"distilled.path={tmp_path}", *TOY[:3])
+    assert code == 1
+    assert "os.system" in error
+    assert not (tmp_path / "ran").exists()
+
+
+def test_traceback_on_demand(run, monkeypatch):
+    monkeypatch.setenv("DD_TRACEBACK", "1")
+    with pytest.raises(Exception, match="steps"):
+        run("distill", *SHORT, "distilled.steps=0")
+
+
+def test_wandb_offline_and_two_runs_of_a_multirun(tmp_path, toy):
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "dd_lightning.commands.distill", "-m", *SHORT, "logger=wandb", "seed=1,2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = sorted(tmp_path.glob("runs/*/sweep_*/*/wandb/offline-run-*"))
+    assert len(runs) == 2
+    assert {run.parents[1].name for run in runs} == {"0", "1"}
+    assert len({run.name.rpartition("-")[2] for run in runs}) == 2
+    for run in runs:
+        assert list(run.glob("*.wandb"))
+        assert list(run.glob("files/media/images/*.png"))
+
+
+def test_help_explains_the_groups(tmp_path):
+    for name, group in (("distill", "experiment   a claim"), ("evaluate", "distilled    where")):
+        command = [sys.executable, "-m", f"dd_lightning.commands.{name}", "--help"]
+        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert group in shown
+        assert "lenet" in shown

@@ -1,0 +1,57 @@
+"""The paper's networks, and the check of a user's own."""
+
+import pytest
+import torch
+from conftest import BatchNormNet, SmallNet
+from torch import nn
+
+from dd_lightning.networks import AlexCifarNet, LeNet, check_network, predict, stack
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "parameters"),
+    [
+        (LeNet(), (1, 28, 28), 61706),
+        (LeNet(3, 32), (3, 32, 32), 62006),
+        (AlexCifarNet(), (3, 32, 32), 1756426),
+        (SmallNet(), (1, 6, 6), 483),
+    ],
+)
+def test_shapes_and_sizes(network, shape, parameters):
+    classes = network.fc.out_features if isinstance(network, SmallNet) else 10
+    check_network(network, shape, classes)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "message"),
+    [
+        (LeNet(), (1, 16, 16), "does not take the data set's 1×16×16 images"),
+        (LeNet(), (3, 28, 28), "does not take"),
+        (LeNet(num_classes=7), (1, 28, 28), r"need \[4, 10\]"),
+        (BatchNormNet(num_classes=10), (1, 6, 6), "norm.running_mean"),
+        (nn.Flatten(), (1, 6, 6), "no trainable parameters"),
+    ],
+)
+def test_networks_that_cannot_be_distilled_for_are_refused(network, shape, message):
+    with pytest.raises(ValueError, match=message):
+        check_network(network, shape, 10)
+
+
+def test_the_check_leaves_the_network_as_it_was():
+    network = BatchNormNet(num_classes=10)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match="leak"):
+        check_network(network, (1, 6, 6), 10)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_predict_runs_each_network_in_eval_mode():
+    network = SmallNet()
+    singles = [{n: torch.randn_like(p) for n, p in network.named_parameters()} for _ in range(3)]
+    images = torch.randn(5, 1, 6, 6)
+    logits = predict(network, stack(singles), images)
+    for single, found in zip(singles, logits, strict=True):
+        network.load_state_dict(single)
+        network.eval()
+        torch.testing.assert_close(found, network(images))

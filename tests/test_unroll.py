@@ -1,0 +1,125 @@
+"""The mathematics of Eq. (9): closed form, finite differences, one engine against another."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SmallNet
+from torch import nn
+from torch.func import functional_call
+
+from dd_lightning.distilled import DistilledData
+from dd_lightning.init import RandomInit
+from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
+from dd_lightning.unroll import FunctionalUnroll, HigherUnroll
+
+ENGINES = [HigherUnroll, FunctionalUnroll]
+
+
+def problem(network, shape, classes, steps=2, epochs=2, per_step=2, learning_rate=0.1):
+    """A float64 problem: template, θ₀ of J networks, distilled data that need gradients, and a real batch."""
+    generator = torch.Generator().manual_seed(3)
+    network = network.double()
+    theta_0 = RandomInit(per_step=per_step, seed=5).sample(network, step=0)
+    labels = torch.arange(classes).expand(steps, -1)
+    images = torch.randn(steps, classes, *shape, generator=generator, dtype=torch.float64)
+    data = DistilledData.create(images, labels, epochs, learning_rate)
+    real = torch.randn(6, *shape, generator=generator, dtype=torch.float64), torch.arange(6) % classes
+    return network, theta_0, data, real
+
+
+def outer_loss(engine, network, theta_0, data, real):
+    logits = predict(network, engine(network, theta_0, data.steps()), real[0])
+    return F.cross_entropy(logits.flatten(0, 1), real[1].repeat(len(logits)))
+
+
+def gradients(engine, network, theta_0, data, real):
+    data.images.requires_grad_()
+    data.raw_learning_rates.requires_grad_()
+    loss = outer_loss(engine, network, theta_0, data, real)
+    return torch.autograd.grad(loss, [data.images, data.raw_learning_rates])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_step_of_softmax_regression_in_closed_form(engine):
+    """θ₁ = θ₀ − η̃ (softmax(xθ₀) − y)ᵀ x / M."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
+    network, theta_0, data, _ = problem(network, (1, 2, 2), 3, steps=1, epochs=1)
+    theta_1 = engine()(network, theta_0, data.steps())["1.weight"]
+    x, y = data.images[0].flatten(1), torch.eye(3, dtype=torch.float64)
+    for j, weight in enumerate(theta_0["1.weight"]):
+        expected = weight - 0.1 * (torch.softmax(x @ weight.T, 1) - y).T @ x / 3
+        torch.testing.assert_close(theta_1[j], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_against_central_finite_differences(engine):
+    network, theta_0, data, real = problem(SmallNet(), (1, 6, 6), 3)
+    for tensor, gradient in zip(
+        (data.images, data.raw_learning_rates), gradients(engine(), network, theta_0, data, real), strict=True
+    ):
+        flat = tensor.detach().view(-1)
+        for index in range(0, len(flat), max(1, len(flat) // 12)):
+            losses = []
+            for sign in (1, -1):
+                flat[index] += sign * 1e-5
+                losses.append(outer_loss(engine(), network, theta_0, data, real).item())
+                flat[index] -= sign * 1e-5
+            assert gradient.view(-1)[index].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"), [(LeNet(), (1, 28, 28)), (AlexCifarNet(), (3, 32, 32)), (SmallNet(3, 8, 10), (3, 8, 8))]
+)
+def test_higher_equals_a_plain_functional_call_unroll(network, shape):
+    network, theta_0, data, real = problem(network, shape, 10)
+    found = gradients(HigherUnroll(), network, theta_0, data, real)
+    network.eval()  # with dropout off, the modes are the same for these networks
+    losses = []
+    for j in range(2):
+        theta = {name: value[j].clone().requires_grad_() for name, value in theta_0.items()}
+        for images, labels, learning_rate in data.steps():
+            inner = F.cross_entropy(functional_call(network, theta, (images,)), labels)
+            step = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+            theta = {n: w - learning_rate * g for (n, w), g in zip(theta.items(), step, strict=True)}
+        losses.append(F.cross_entropy(functional_call(network, theta, (real[0],)), real[1]))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), [data.images, data.raw_learning_rates])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-10 * other.norm()
+    for one, other in zip(gradients(FunctionalUnroll(), network, theta_0, data, real), found, strict=True):
+        assert (one - other).norm() <= 1e-10 * other.norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_learning_rate_changes_from_step_to_step(engine):
+    """A rate given to one step must not stick for the next."""
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3, steps=2, epochs=1)
+    (x1, y1, _), (x2, y2, _) = data.steps()
+    zero, rate = torch.tensor(0.0, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    theta = engine()(network, theta_0, [(x1, y1, rate), (x2, y2, zero)])
+    once = engine()(network, theta_0, [(x1, y1, rate)])
+    torch.testing.assert_close(theta, once)
+    assert not torch.equal(once["fc.weight"], theta_0["fc.weight"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_trajectory_is_the_same_with_and_without_gradients(engine):
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3)
+    before = {name: value.clone() for name, value in theta_0.items()}
+    with torch.no_grad():
+        points = list(engine().trajectory(network, theta_0, data.steps(), differentiable=False))
+    assert len(points) == 4
+    assert not points[-1]["fc.weight"].requires_grad
+    torch.testing.assert_close(points[-1], engine()(network, theta_0, data.steps()))
+    torch.testing.assert_close(theta_0, before, rtol=0, atol=0)
+    assert network.training
+    assert network.dropout.training
+
+
+def test_engines_train_like_distilled_data_do():
+    """`DistilledData.train` and the engines are the same inner loop."""
+    network, _, data, _ = problem(SmallNet(), (1, 6, 6), 3)
+    start = stack([{name: value.detach().clone() for name, value in network.named_parameters()}])
+    theta = FunctionalUnroll()(network, start, data.steps())
+    data.train(network)
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(value, theta[name][0])
