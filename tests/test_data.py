@@ -138,7 +138,7 @@ def test_download_is_packed_once_and_whole(tmp_path):
         "validation": 5,
     }
     FakeSource.failing = True
-    with pytest.raises(FileNotFoundError, match="could not be downloaded.*connection lost"):
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*connection lost"):
         TorchvisionDataset(**arguments).prepare()
     assert not (tmp_path / "fake.npz").exists()
     FakeSource.failing = False

@@ -1,0 +1,36 @@
+# Every target makes its own .venv when there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types install clean
+
+help: ## list all targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: install ## distil ten images from embedded digits, under a minute on two cores
+	$(BIN)/dd-distill experiment=demo
+
+test: install ## run the tests (a few minutes)
+	$(BIN)/pytest
+
+test-all: install ## run the tests, slow ones too
+	$(BIN)/pytest -m ""
+
+lint: install ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## check types
+	$(BIN)/pyright
+
+install: .venv/installed ## make .venv
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean: ## remove .venv and caches
+	rm -rf .venv .pytest_cache .ruff_cache
