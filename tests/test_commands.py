@@ -186,3 +186,13 @@ def test_help_explains_the_groups(tmp_path):
         shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         assert group in shown
         assert "lenet" in shown
+
+
+def test_an_env_file_is_read_from_the_folder_of_the_command(tmp_path, toy):
+    (tmp_path / ".env").write_text("DD_RUNS_DIR=elsewhere\n")
+    environment = {k: v for k, v in os.environ.items() if k != "DD_RUNS_DIR"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    command = [sys.executable, "-m", "dd_lightning.commands.distill", *SHORT, "logger=tensorboard"]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    (folder,) = (tmp_path / "elsewhere" / "distill").iterdir()
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))

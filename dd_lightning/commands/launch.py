@@ -9,6 +9,7 @@ from typing import Any
 
 import dotenv
 import hydra
+import rich
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -32,7 +33,9 @@ def one_line(error: BaseException) -> str:
         key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
         prefix = f"{key}: " if key else prefix
         error = error.__cause__
-    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    # Hydra lists the valid options one a line, indented, and then where it searched.
+    text = str(error).partition("Config search path")[0].replace("\n\t", " ")
+    message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
     if not isinstance(error, ValueError | OSError | FloatingPointError | HydraException):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
@@ -58,6 +61,8 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
 
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+        if not sys.stdout.isatty():
+            rich.reconfigure(width=160)  # a log file need not be wrapped for a terminal
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
         try:

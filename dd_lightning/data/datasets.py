@@ -200,7 +200,7 @@ class TorchvisionDataset(Packed):
                 packed[f"{part}_labels"] = np.array([label for _, label in dataset], dtype=np.int64)
             save_packed(self.path, Arrays(**packed))
         except (OSError, RuntimeError) as error:
-            message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            message = " ".join(str(error).split()) or type(error).__name__
             raise FileNotFoundError(
                 f"data set {self.name} is not at {self.path} and could not be downloaded ({message}); "
                 "set data_dir to the folder of its packed file"
