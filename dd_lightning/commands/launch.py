@@ -9,7 +9,6 @@ from typing import Any
 
 import dotenv
 import hydra
-import rich
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -62,7 +61,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
         if not sys.stdout.isatty():
-            rich.reconfigure(width=160)  # a log file need not be wrapped for a terminal
+            os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
         try:
