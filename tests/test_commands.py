@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,18 @@ def test_an_env_file_is_read_from_the_folder_of_the_command(tmp_path, toy):
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
     (folder,) = (tmp_path / "elsewhere" / "distill").iterdir()
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.slow  # builds a wheel
+def test_an_installed_wheel_brings_its_configuration(tmp_path):
+    source = Path(__file__).parents[1]
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-m", "dd_lightning.commands.distill", "experiment=fig2a_mnist_fixed", "--cfg", "job"]
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "name: fig2a_mnist_fixed" in shown
+    assert (tmp_path / "installed" / "dd_lightning" / "conf" / "distill.yaml").is_file()

@@ -1,7 +1,6 @@
 """The stream of real minibatches x_t (Algorithm 1, line 3)."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import pytorch_lightning as pl
 import torch
@@ -35,6 +34,7 @@ class RealData(pl.LightningDataModule):
         check_count(batch_size=batch_size)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self._ready = False
+        self._epoch_order: tuple[int, Tensor] | None = None
 
     def prepare_data(self) -> None:
         self.dataset.prepare()
@@ -77,9 +77,11 @@ class RealData(pl.LightningDataModule):
             images = random_flip(images, random)
         return self.preprocessing(images), labels
 
-    @lru_cache(maxsize=1)  # noqa: B019 - one order, for as long as the module lives
     def _order(self, epoch: int) -> Int[Tensor, " n"]:
-        return torch.randperm(len(self.train), generator=generator(self.seed, Stream.MINIBATCH, epoch))
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            order = torch.randperm(len(self.train), generator=generator(self.seed, Stream.MINIBATCH, epoch))
+            self._epoch_order = epoch, order
+        return self._epoch_order[1]
 
     def train_dataloader(self) -> "Minibatches":
         assert self.trainer is not None
