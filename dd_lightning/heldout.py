@@ -15,7 +15,7 @@ from dd_lightning.data import Preprocessing
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData
 from dd_lightning.networks import Weights, predict, stack
-from dd_lightning.unroll import FunctionalUnroll, Unroll
+from dd_lightning.unroll import StoredUnroll, Unroll
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def evaluate_held_out(
         chunk: networks that are trained at once.
         on_progress: told the number of networks that each chunk finished.
     """
-    unroll = unroll or FunctionalUnroll()
+    unroll = unroll or StoredUnroll()
     distilled = distilled.detach()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     accuracies = []

@@ -111,8 +111,10 @@ def stack(many: list[dict[str, Tensor]]) -> Weights:
 
 def unstack(weights: Weights) -> list[dict[str, Tensor]]:
     """The J single networks in `weights`."""
-    count = len(next(iter(weights.values())))
-    return [{name: value[j] for name, value in weights.items()} for j in range(count)]
+    # unbind, because the gradient of indexing J times would be J tensors of the size of all.
+    return [
+        dict(zip(weights, single, strict=True)) for single in zip(*(v.unbind() for v in weights.values()), strict=True)
+    ]
 
 
 def predict(

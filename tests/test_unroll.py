@@ -10,9 +10,15 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
-from dd_lightning.unroll import FunctionalUnroll, HigherUnroll
+from dd_lightning.unroll import Adam, HigherUnroll, Momentum, RecomputeUnroll, StoredUnroll
 
-ENGINES = [HigherUnroll, FunctionalUnroll]
+ENGINES = [
+    HigherUnroll,
+    StoredUnroll,
+    pytest.param(lambda **k: StoredUnroll(batched=True, **k), id="batched"),
+    RecomputeUnroll,
+    pytest.param(lambda **k: RecomputeUnroll(batched=False, offload=True, **k), id="recompute_looped"),
+]
 
 
 def problem(network, shape, classes, steps=2, epochs=2, per_step=2, learning_rate=0.1):
@@ -85,8 +91,6 @@ def test_higher_equals_a_plain_functional_call_unroll(network, shape):
     expected = torch.autograd.grad(torch.stack(losses).mean(), [data.images, data.raw_learning_rates])
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-10 * other.norm()
-    for one, other in zip(gradients(FunctionalUnroll(), network, theta_0, data, real), found, strict=True):
-        assert (one - other).norm() <= 1e-10 * other.norm()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -119,7 +123,35 @@ def test_engines_train_like_distilled_data_do():
     """`DistilledData.train` and the engines are the same inner loop."""
     network, _, data, _ = problem(SmallNet(), (1, 6, 6), 3)
     start = stack([{name: value.detach().clone() for name, value in network.named_parameters()}])
-    theta = FunctionalUnroll()(network, start, data.steps())
+    theta = StoredUnroll()(network, start, data.steps())
     data.train(network)
     for name, value in network.named_parameters():
         torch.testing.assert_close(value, theta[name][0])
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("optimizer", [None, Momentum(0.8), Adam((0.8, 0.9), eps=1e-4)], ids=["gd", "momentum", "adam"])
+@pytest.mark.parametrize("network", [LeNet(1, 16, 4), AlexCifarNet(1, 16, 4), SmallNet(1, 16, 4)])
+def test_every_engine_and_inner_optimizer_equals_higher(engine, optimizer, network):
+    rate = 0.01 if isinstance(optimizer, Adam) else 0.1
+    network, theta_0, data, real = problem(network, (1, 16, 16), 4, learning_rate=rate)
+    expected = gradients(HigherUnroll(optimizer), network, theta_0, data, real)
+    for one, other in zip(gradients(engine(optimizer=optimizer), network, theta_0, data, real), expected, strict=True):
+        assert other.norm() > 0
+        assert (one - other).norm() <= 1e-8 * other.norm()
+
+
+@pytest.mark.parametrize("optimizer", [Momentum(0.8), Adam((0.8, 0.9), eps=1e-12)])
+def test_inner_optimizers_are_those_of_torch(optimizer):
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3, per_step=1, learning_rate=0.05)
+    theta = StoredUnroll(optimizer)(network, theta_0, data.steps())
+    network.load_state_dict({name: value[0] for name, value in theta_0.items()})
+    network.eval()
+    by_torch = optimizer.torch_optimizer(network.parameters())
+    by_torch.param_groups[0]["lr"] = 0.05
+    for images, labels, _ in data.steps():
+        by_torch.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        by_torch.step()
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(theta[name][0], value)

@@ -6,21 +6,20 @@ import higher
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import SGD
 
 from dd_lightning.networks import Weights, stack, training_without_dropout, unstack
 from dd_lightning.unroll.interface import Step, Unroll
 
 
 class HigherUnroll(Unroll):
-    """Unrolls with `higher`'s differentiable SGD; the gradients every other engine is held against."""
+    """Unrolls with `higher`'s differentiable optimizers; the gradients every other engine is held against."""
 
     def trajectory(
         self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool = True
     ) -> Iterator[Weights]:
         functional = higher.monkeypatch(network, track_higher_grads=differentiable)
         names = [name for name, _ in network.named_parameters()]
-        optimizer = SGD(network.parameters(), lr=1.0)  # the rate is given at every step
+        optimizer = self.optimizer.torch_optimizer(network.parameters())  # the rate is given at every step
         optimizers = [
             higher.get_diff_optim(optimizer, network.parameters(), functional, track_higher_grads=differentiable)
             for _ in unstack(theta_0)

@@ -7,12 +7,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dd_lightning.networks import Weights
+from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer
 
 Step = tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"], Float[Tensor, ""]]  # images, labels, η̃
 
 
 class Unroll(ABC):
-    """Trains J networks on distilled data by plain GD, θᵢ₊₁ = θᵢ − η̃ᵢ ∇ℓ(x̃ᵢ, θᵢ) (Eq. 9)."""
+    """Trains J networks on distilled data.
+
+    Args:
+        optimizer: of the inner loop; plain gradient descent (Eq. 9) by default.
+    """
+
+    def __init__(self, optimizer: InnerOptimizer | None = None) -> None:
+        self.optimizer = optimizer or GradientDescent()
 
     @abstractmethod
     def trajectory(
@@ -33,3 +41,10 @@ class Unroll(ABC):
         for theta in self.trajectory(network, theta_0, steps):  # noqa: B007 - only the last is needed
             pass
         return theta
+
+    def check(self, network: nn.Module, theta_0: Weights, images: Float[Tensor, "batch c h w"]) -> None:  # noqa: B027
+        """Refuses a network that this engine cannot unroll.
+
+        Raises:
+            ValueError: naming the engine that can.
+        """

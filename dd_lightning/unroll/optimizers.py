@@ -1,0 +1,97 @@
+"""Inner optimizers as pure functions: (θ, ∇ℓ, state, η̃) in, (θ, state) out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dd_lightning.checks import check_positive
+from dd_lightning.networks import Weights
+
+State = dict[str, Tensor]  # tensors of the optimizer, beside the weights
+
+
+class InnerOptimizer(ABC):
+    """How one inner step uses the gradient."""
+
+    def init(self, theta: Weights) -> State:
+        """The state before the first step."""
+        return {}
+
+    @abstractmethod
+    def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
+        """One step; differentiable in all of its arguments."""
+
+    @abstractmethod
+    def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The same optimizer of `torch.optim`, with a learning rate of 1."""
+
+
+class GradientDescent(InnerOptimizer):
+    """Plain gradient descent, the paper's: θᵢ₊₁ = θᵢ − η̃ᵢ ∇ℓ(x̃ᵢ, θᵢ) (Eq. 9)."""
+
+    def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
+        return {name: weight - learning_rate * gradient[name] for name, weight in theta.items()}, state
+
+    def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1.0)
+
+
+class Momentum(InnerOptimizer):
+    """Heavy-ball momentum, as in `torch.optim.SGD`: m ← μm + ∇ℓ, θ ← θ − η̃ m.
+
+    Raises:
+        ValueError: a momentum outside 0 to 1.
+    """
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        if not 0 < momentum < 1:
+            raise ValueError(f"momentum must be between 0 and 1, not {momentum}")
+        self.momentum = momentum
+
+    def init(self, theta: Weights) -> State:
+        return {name: torch.zeros_like(weight) for name, weight in theta.items()}
+
+    def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
+        state = {name: self.momentum * state[name] + gradient[name] for name in theta}
+        return {name: weight - learning_rate * state[name] for name, weight in theta.items()}, state
+
+    def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1.0, momentum=self.momentum)
+
+
+class Adam(InnerOptimizer):
+    """Adam (Kingma & Ba, 2015), in the form at the end of their Section 2, where ε is added before the correction.
+
+    Raises:
+        ValueError: a beta outside 0 to 1, or an eps that is not positive.
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(betas)}")
+        check_positive(eps=eps)
+        self.betas, self.eps = tuple(betas), eps
+
+    def init(self, theta: Weights) -> State:
+        zeros = {f"{moment}/{name}": torch.zeros_like(w) for moment in "mv" for name, w in theta.items()}
+        return {"step": torch.zeros((), dtype=torch.float64), **zeros}
+
+    def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
+        beta1, beta2 = self.betas
+        new, updated = {"step": state["step"] + 1}, {}
+        step = float(new["step"])
+        correction = (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        for name, weight in theta.items():
+            g = gradient[name]
+            m = new[f"m/{name}"] = beta1 * state[f"m/{name}"] + (1 - beta1) * g
+            v = new[f"v/{name}"] = beta2 * state[f"v/{name}"] + (1 - beta2) * g * g
+            # √v has no derivative where v = 0 (a weight that never had a gradient): 0 is taken, as `higher` does.
+            zero = v == 0
+            root = torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
+            updated[name] = weight - learning_rate * correction * m / (root + self.eps)
+        return updated, new
+
+    def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=1.0, betas=self.betas, eps=self.eps)  # type: ignore[arg-type]
