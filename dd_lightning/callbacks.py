@@ -21,6 +21,7 @@ from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.picture import draw
 from dd_lightning.seeding import Stream
+from dd_lightning.unroll import StoredUnroll
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,9 @@ class HeldOutEvaluation(Callback):
         **kwargs: Any,
     ) -> HeldOutResult:
         initial_weights = module.init.held_out(module.network, count, stream)
+        unroll = StoredUnroll(module.unroll.optimizer)
         return evaluate_held_out(
-            module.network, initial_weights, distilled, pictures, data.preprocessing, self.per_step, **kwargs
+            module.network, initial_weights, distilled, pictures, data.preprocessing, unroll, self.per_step, **kwargs
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dd_lightning.atomic import write_bytes
 from dd_lightning.checks import check_count, check_positive
 from dd_lightning.networks import training_without_dropout
+from dd_lightning.unroll.optimizers import inner_optimizer
 
 FORMAT = "dd_lightning.distilled/1"
 INITIAL = "initial_weights/"  # prefix of the tensors of θ₀ in the file
@@ -85,7 +86,7 @@ class DistilledData:
             yield from zip(self.images, self.labels, epoch, strict=True)
 
     def train(self, network: nn.Module) -> nn.Module:
-        """Trains `network` in place: plain GD on the mean cross entropy, Eq. (9).
+        """Trains `network` in place on the mean cross entropy, with the inner optimizer of the card: plain GD, Eq. (9).
 
         Data that were distilled for one fixed network bring its weights θ₀, which are loaded first. The network's
         inputs must be normalised as `card["preprocessing"]` says.
@@ -107,15 +108,18 @@ class DistilledData:
                     "these data were distilled for one fixed network, whose weights do not fit this "
                     f"{type(network).__name__}"
                 ) from error
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        like = parameters[0]
+        theta: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        like = next(iter(theta.values()))
+        optimizer = inner_optimizer(self.card)
+        state = optimizer.init(theta)
         with training_without_dropout(network):
             for images, labels, learning_rate in self.detach().to(like.device, like.dtype).steps():
                 loss = F.cross_entropy(network(images), labels)
-                gradients = torch.autograd.grad(loss, parameters)
+                gradients = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
                 with torch.no_grad():
-                    for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter -= learning_rate * gradient
+                    updated, state = optimizer.update(theta, gradients, state, learning_rate)
+                    for name, parameter in theta.items():
+                        parameter.copy_(updated[name])
         return network
 
     def detach(self) -> Self:

@@ -15,7 +15,7 @@ from dd_lightning.data import Preprocessing
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData
 from dd_lightning.networks import Weights, predict, stack
-from dd_lightning.unroll import StoredUnroll, Unroll
+from dd_lightning.unroll import Unroll
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def evaluate_held_out(
     distilled: DistilledData,
     pictures: Pictures,
     preprocessing: Preprocessing,
+    unroll: Unroll,
     per_step: bool = False,
-    unroll: Unroll | None = None,
     chunk: int = 10,
     on_progress: Callable[[int], None] = lambda networks: None,
 ) -> HeldOutResult:
@@ -104,12 +104,11 @@ def evaluate_held_out(
         network: the template.
         initial_weights: θ₀ of each held-out network.
         pictures: real pictures, on the device of the distilled data.
-        per_step: test after every GD step, not only after the last.
         unroll: the engine that trains.
+        per_step: test after every GD step, not only after the last.
         chunk: networks that are trained at once.
         on_progress: told the number of networks that each chunk finished.
     """
-    unroll = unroll or StoredUnroll()
     distilled = distilled.detach()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     accuracies = []

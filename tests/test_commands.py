@@ -58,11 +58,18 @@ def test_distill_then_evaluate(run):
 
 
 def test_random_init_and_real_images(run):
-    code, error, folder = run("distill", *SHORT, "init=random", "init.per_step=2", "distilled=real")
+    engine = ("unroll=recompute", "inner=momentum")
+    code, error, folder = run("distill", *SHORT, *engine, "init=random", "init.per_step=2", "distilled=real")
     assert (code, error) == (0, "")
     result = json.loads((folder / "result.json").read_text())
     assert result["test"]["networks"] == 200
-    assert DistilledData.load(folder).initial_weights is None
+    distilled = DistilledData.load(folder)
+    assert distilled.initial_weights is None
+    assert distilled.card["inner"] == {
+        "choice": "momentum",
+        "target": "dd_lightning.unroll.Momentum",
+        "momentum": 0.9,
+    }
 
 
 def test_resume_goes_on_and_refuses_another_config(run):

@@ -11,6 +11,7 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.init import RandomInit
 from dd_lightning.seeding import Stream
+from dd_lightning.unroll import Momentum, StoredUnroll
 
 
 def test_equals_training_and_testing_by_hand():
@@ -18,6 +19,7 @@ def test_equals_training_and_testing_by_hand():
     pictures = Pictures(torch.randint(0, 256, (40, 1, 6, 6), dtype=torch.uint8), torch.arange(40) % 3)
     preprocessing = Preprocessing(1, 6, [0.4], [0.3])
     data = DistilledData.create(torch.randn(2, 3, 1, 6, 6), torch.arange(3).expand(2, 3), 2, 0.5)
+    data.card["inner"] = {"choice": "momentum", "momentum": 0.9}
     done = []
     result = evaluate_held_out(
         network,
@@ -25,6 +27,7 @@ def test_equals_training_and_testing_by_hand():
         data,
         pictures,
         preprocessing,
+        StoredUnroll(Momentum()),
         per_step=True,
         chunk=2,
         on_progress=done.append,

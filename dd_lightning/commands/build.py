@@ -16,7 +16,7 @@ from dd_lightning.init import RandomInit
 from dd_lightning.networks import check_network
 
 # What distilled data are made for, and what an evaluation takes over from their card.
-CARD_GROUPS = ("dataset", "network", "init", "objective")
+CARD_GROUPS = ("dataset", "network", "init", "objective", "inner")
 
 
 def build_data(cfg: DictConfig) -> RealData:

@@ -28,7 +28,7 @@ from dd_lightning.picture import draw
 log = logging.getLogger(__name__)
 
 # A run may go on from a checkpoint only if these agree: they decide what is computed.
-COMPUTED_FROM = ("dataset", "network", "init", "objective", "distilled", "optimizer", "schedule")
+COMPUTED_FROM = ("dataset", "network", "init", "objective", "inner", "distilled", "optimizer", "schedule")
 
 
 def distill(cfg: DictConfig) -> float:
@@ -47,13 +47,15 @@ def distill(cfg: DictConfig) -> float:
     init = instantiate(cfg.init)
     network = build_network(cfg, data, init)
     distilled = build_distilled(cfg, data)
+    unroll = instantiate(cfg.unroll)
+    unroll.check(network, init.sample(network, step=0), distilled.images[0])
     if isinstance(init, FixedInit):
         distilled = replace(distilled, initial_weights=init.weights(network))
     distiller = DatasetDistiller(
         replace(distilled, card=make_card(cfg, data)),
         network,
         init,
-        instantiate(cfg.unroll),
+        unroll,
         instantiate(cfg.objective),
         instantiate(cfg.optimizer),
         instantiate(cfg.schedule),

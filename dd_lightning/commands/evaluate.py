@@ -21,6 +21,7 @@ from dd_lightning.heldout import evaluate_held_out
 from dd_lightning.init import FixedInit
 from dd_lightning.picture import draw
 from dd_lightning.seeding import Stream
+from dd_lightning.unroll import StoredUnroll
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def evaluate(cfg: DictConfig) -> float:
             distilled.to(device),
             pictures,
             data.preprocessing,
+            StoredUnroll(instantiate(cfg.inner)),
             cfg.per_step,
             on_progress=advance,
         )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +96,16 @@ class Adam(InnerOptimizer):
 
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=1.0, betas=self.betas, eps=self.eps)  # type: ignore[arg-type]
+
+
+def inner_optimizer(card: dict[str, Any]) -> InnerOptimizer:
+    """The inner optimizer that distilled data were made for, from their card; plain gradient descent by default.
+
+    Raises:
+        ValueError: the card names one that is not known.
+    """
+    known = {"gd": GradientDescent, "momentum": Momentum, "adam": Adam}
+    inner = card.get("inner", {"choice": "gd"})
+    if not isinstance(inner, dict) or inner.get("choice") not in known:
+        raise ValueError(f"the card names an unknown inner optimizer: {inner}")
+    return known[inner["choice"]](**{key: value for key, value in inner.items() if key not in ("choice", "target")})
