@@ -219,3 +219,21 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path):
     shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     assert "name: fig2a_mnist_fixed" in shown
     assert (tmp_path / "installed" / "dd_lightning" / "conf" / "distill.yaml").is_file()
+
+
+@pytest.mark.parametrize("last_is_best", [True, False])
+def test_the_best_of_all_evaluations_is_kept(run, monkeypatch, last_is_best):
+    """Also where the last evaluation does not fall on a checkpoint."""
+    from dd_lightning.callbacks import HeldOutEvaluation
+    from dd_lightning.heldout import HeldOutResult
+
+    scores = iter([50.0, 40.0, 60.0 if last_is_best else 30.0, 99.0])
+    monkeypatch.setattr(
+        HeldOutEvaluation, "_evaluate", lambda *a, **k: HeldOutResult(torch.tensor([[10.0, next(scores)]]))
+    )
+    code, error, folder = run("distill", *SHORT, "trainer.max_steps=5")
+    assert (code, error) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["validation_accuracy_mean"] == (60 if last_is_best else 50)
+    saved = torch.load(folder / "checkpoints" / "step=000002.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["images"], DistilledData.load(folder).images) != last_is_best

@@ -49,10 +49,9 @@ def distill(cfg: DictConfig) -> float:
     distilled = build_distilled(cfg, data)
     unroll = instantiate(cfg.unroll)
     unroll.check(network, init.sample(network, step=0), distilled.images[0])
-    if isinstance(init, FixedInit):
-        distilled = replace(distilled, initial_weights=init.weights(network))
+    weights = init.weights(network) if isinstance(init, FixedInit) else None
     distiller = DatasetDistiller(
-        replace(distilled, card=make_card(cfg, data)),
+        replace(distilled, card=make_card(cfg, data), initial_weights=weights),
         network,
         init,
         unroll,
@@ -128,13 +127,21 @@ def finish(
 
 
 def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
-    """Puts the checkpoint with the best held-out validation accuracy into the module; returns that accuracy."""
+    """Leaves in the module whichever is best in held-out validation accuracy: the checkpoint or what it holds.
+
+    Returns:
+        That accuracy in %, if there was an evaluation.
+    """
+    last = trainer.callback_metrics.get("heldout/accuracy_mean")
+    last = None if last is None else float(last)
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path and callback.monitor:
-            saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            distiller.load_state_dict(saved["state_dict"])
-            return None if callback.best_model_score is None else float(callback.best_model_score)
-    return None
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path and callback.best_model_score is not None:
+            best = float(callback.best_model_score)
+            if last is None or best > last:
+                saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+                distiller.load_state_dict(saved["state_dict"])
+                return best
+    return last
 
 
 def computed_from(cfg: DictConfig) -> dict[str, Any]:
