@@ -1,4 +1,4 @@
-"""What happens beside Algorithm 1: held-out evaluation, pictures, and stopping on a loss that is not finite."""
+"""What happens beside Algorithm 1: held-out evaluation, pictures, and what is kept when a run cannot go on."""
 
 import logging
 from collections.abc import Iterator
@@ -147,8 +147,12 @@ class NonFiniteLossError(FloatingPointError):
     """The outer loss became NaN or infinite."""
 
 
-class FiniteLoss(Callback):
-    """Stops the run when the outer loss is NaN or infinite, and saves the last distilled data whose loss was finite."""
+class LastGood(Callback):
+    """Saves the last distilled data whose loss was finite when the run cannot go on: the loss is not, or memory is out.
+
+    Raises:
+        NonFiniteLossError: naming the step and the learning rates.
+    """
 
     def __init__(self) -> None:
         self._last_good: DistilledData | None = None
@@ -159,13 +163,31 @@ class FiniteLoss(Callback):
             self._last_good = pl_module.distilled.detach()
             return
         rates = ", ".join(f"{rate:.3g}" for rate in pl_module.distilled.learning_rates.flatten().tolist())
-        message = f"the outer loss is {loss.item()} at outer step {trainer.global_step}, with learning rates {rates}"
-        if self._last_good is not None:
-            path = Path(trainer.default_root_dir) / "last_good.safetensors"
-            if trainer.is_global_zero:
-                self._last_good.save(path)
-            message += f"; the last good distilled data are at {path}"
-        raise NonFiniteLossError(f"{message}; try a smaller distilled.learning_rate or optimizer.lr")
+        raise NonFiniteLossError(
+            f"the outer loss is {loss.item()} at outer step {trainer.global_step}, with learning rates {rates}; "
+            f"{self.kept(trainer)}; try a smaller distilled.learning_rate or optimizer.lr"
+        )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        stopped = isinstance(exception, NonFiniteLossError) or is_out_of_memory(exception)
+        if stopped and self._last_good is not None and trainer.is_global_zero:
+            self._last_good.save(self._path(trainer))
+
+    def kept(self, trainer: pl.Trainer) -> str:
+        """Where the last good data are."""
+        if self._last_good is None:
+            return "nothing was distilled yet"
+        return f"the last good distilled data are at {self._path(trainer)}"
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "last_good.safetensors"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 class ProgressBar(RichProgressBar):

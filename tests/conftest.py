@@ -59,7 +59,7 @@ class BatchNormNet(nn.Module):
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
     """Runs a command in this process from a folder of its own; returns exit code, stderr and the run's folder."""
-    from dd_lightning.commands import distill, evaluate
+    from dd_lightning.commands import bench, distill, evaluate
 
     monkeypatch.chdir(tmp_path)
     for name in ("DD_TRACEBACK", "DD_DATA_DIR", "DD_RUNS_DIR"):
@@ -70,7 +70,7 @@ def run(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [f"dd-{command}", *overrides])
         before = set(Path("runs").glob("*/*"))
         try:
-            {"distill": distill.main, "evaluate": evaluate.main}[command]()
+            {"distill": distill.main, "evaluate": evaluate.main, "bench": bench.main}[command]()
             code, message = 0, ""
         except SystemExit as stop:
             code, message = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))

@@ -237,3 +237,22 @@ def test_the_best_of_all_evaluations_is_kept(run, monkeypatch, last_is_best):
     assert result["validation_accuracy_mean"] == (60 if last_is_best else 50)
     saved = torch.load(folder / "checkpoints" / "step=000002.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["images"], DistilledData.load(folder).images) != last_is_best
+
+
+def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, monkeypatch):
+    from dd_lightning.unroll import StoredUnroll
+
+    unroll, calls = StoredUnroll.trajectory, []
+
+    def full(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return unroll(self, *args, **kwargs)
+
+    monkeypatch.setattr(StoredUnroll, "trajectory", full)
+    code, error, folder = run("distill", *SHORT, "callbacks.held_out.every=4")
+    assert code == 1
+    assert "out of memory at outer step 2" in error
+    assert "unroll=recompute, a smaller init.per_step" in error
+    assert DistilledData.load(folder / "last_good.safetensors").images.isfinite().all()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from dd_lightning.callbacks import FiniteLoss, HeldOutEvaluation, NonFiniteLossError
+from dd_lightning.callbacks import HeldOutEvaluation, LastGood, NonFiniteLossError
 from dd_lightning.data import Packed, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_data(pa
 
     data.minibatch = poisoned
     with pytest.raises(NonFiniteLossError, match=r"nan at outer step 3, with learning rates 0\.\d+, 0\.\d+") as caught:
-        trainer(tmp_path, 9, FiniteLoss()).fit(distiller, datamodule=data)
+        trainer(tmp_path, 9, LastGood()).fit(distiller, datamodule=data)
     saved = DistilledData.load(tmp_path / "last_good.safetensors")
     assert str(tmp_path / "last_good.safetensors") in str(caught.value)
     assert saved.images.isfinite().all()

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 
 from dd_lightning.atomic import write_json
-from dd_lightning.callbacks import HeldOutEvaluation, log_picture
+from dd_lightning.callbacks import HeldOutEvaluation, LastGood, is_out_of_memory, log_picture
 from dd_lightning.checks import check_count, check_positive
 from dd_lightning.commands.build import build_data, build_distilled, build_network, hardware, make_card, settings
 from dd_lightning.commands.launch import command
@@ -67,9 +67,15 @@ def distill(cfg: DictConfig) -> float:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=str(folder))
     try:
         trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         return finish(cfg, trainer, distiller, data, folder, time.monotonic() - started)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        kept = next((c.kept(trainer) for c in callbacks if isinstance(c, LastGood)), "nothing was kept")
+        raise MemoryError(
+            f"out of memory at outer step {trainer.global_step} ({' '.join(str(error).split())[:120]}); {kept}; "
+            "unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
+        ) from error
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()

@@ -35,7 +35,7 @@ def one_line(error: BaseException) -> str:
     # Hydra lists the valid options one a line, indented, and then where it searched.
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
     message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
-    if not isinstance(error, ValueError | OSError | FloatingPointError | HydraException):
+    if not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | HydraException):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
 

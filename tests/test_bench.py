@@ -1,0 +1,55 @@
+"""dd-bench: every engine in every setting, and what it writes."""
+
+import json
+
+import pytest
+import torch
+
+from dd_lightning.commands.bench import peak_memory
+
+
+@pytest.fixture(autouse=True)
+def no_memory_limit(monkeypatch):
+    """The limit would stay with this process."""
+    monkeypatch.setattr("dd_lightning.commands.bench.limit_memory", lambda gigabytes: None)
+
+
+def test_bench_times_every_engine(run):
+    small = ("networks=[lenet]", "per_step.lenet=[2]", "steps=[2,3]", "repeats=1", "batch_size=8")
+    code, error, folder = run("bench", *small)
+    assert (code, error) == (0, "")
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    engines = {"higher", "functional", "batched", "recompute"}
+    assert {(row["engine"], row["steps"]) for row in rows} == {(e, t) for e in engines for t in (2, 3)}
+    for row in rows:
+        parts = sum(row[f"seconds_{part}"] for part in ("init", "inner", "outer", "backward", "update"))
+        assert row["seconds"] == pytest.approx(parts)
+        assert row["engine"] != "higher" or row["ratio"] == 1
+
+
+def test_running_out_of_memory_is_a_row(run, monkeypatch):
+    from dd_lightning.unroll import RecomputeUnroll
+
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(RecomputeUnroll, "__call__", full)
+    small = ("networks=[lenet]", "per_step.lenet=[1]", "steps=[1]", "repeats=1", "batch_size=8")
+    code, _, folder = run("bench", *small)
+    assert code == 0
+    rows = {row["engine"]: row for row in json.loads((folder / "bench.json").read_text())["rows"]}
+    assert rows["recompute"]["failure"] == "out of memory"
+    assert rows["higher"]["failure"] is None
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    def work():
+        torch.ones(2**24).sum()
+
+    assert 60 * 2**20 < peak_memory(torch.device("cpu"), work) < 100 * 2**20
+
+
+def test_an_unknown_network_is_refused(run):
+    code, error, _ = run("bench", "networks=[resnet]")
+    assert code == 1
+    assert "lenet, alexcifarnet" in error
