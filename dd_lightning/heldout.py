@@ -81,7 +81,7 @@ def accuracy(
     with torch.no_grad():
         for images, labels in zip(pictures.images.split(batch_size), pictures.labels.split(batch_size), strict=True):
             correct += (predict(network, weights, preprocessing(images)).argmax(2) == labels).sum(1)
-    return 100 * correct / len(pictures)
+    return 100 * correct.double() / len(pictures)
 
 
 def evaluate_held_out(

@@ -1,7 +1,9 @@
 """From a composed configuration to objects, and from objects to the card that describes them."""
 
 import platform
+import re
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,4 +76,6 @@ def hardware() -> str:
     """The device that did the work."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return f"{models[0] if models else platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
