@@ -74,9 +74,9 @@ class HeldOutResult:
 
 
 def accuracy(
-    network: nn.Module, weights: Weights, pictures: Pictures, preprocessing: Preprocessing, batch_size: int = 2000
+    network: nn.Module, weights: Weights, pictures: Pictures, preprocessing: Preprocessing, batch_size: int = 500
 ) -> Float[Tensor, " init"]:
-    """Accuracy in % of the J networks over all pictures."""
+    """Accuracy in % of the J networks over all pictures, in batches small enough that memory is used again."""
     correct = torch.zeros(len(next(iter(weights.values()))), device=pictures.labels.device)
     with torch.no_grad():
         for images, labels in zip(pictures.images.split(batch_size), pictures.labels.split(batch_size), strict=True):
