@@ -22,7 +22,7 @@ lint: install ## check style and formatting
 	$(BIN)/ruff format --check .
 
 types: install ## check types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 install: .venv/installed ## make .venv
 
