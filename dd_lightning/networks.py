@@ -74,34 +74,34 @@ class AlexCifarNet(nn.Module):
         return self.fc3(x)
 
 
-def _dropouts(network: nn.Module) -> list[nn.Module]:
-    return [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+@contextmanager
+def _modes_restored(network: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode (train or eval) it came in."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager
 def training_without_dropout(network: nn.Module) -> Iterator[None]:
     """Train mode with dropout off (Section S-1); afterwards every module is in the mode it came in."""
-    modes = {module: module.training for module in network.modules()}
-    network.train()
-    for module in _dropouts(network):
-        module.eval()
-    try:
+    with _modes_restored(network):
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards every module is in the mode it came in."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
+    with _modes_restored(network):
+        network.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def stack(many: list[dict[str, Tensor]]) -> Weights:
@@ -117,12 +117,19 @@ def unstack(weights: Weights) -> list[dict[str, Tensor]]:
     ]
 
 
+def forward_each(
+    network: nn.Module, weights: Weights, images: Float[Tensor, "batch c h w"]
+) -> Float[Tensor, "init batch classes"]:
+    """Logits of the J networks on the same images, one network after the other, in the mode the template is in."""
+    return torch.stack([functional_call(network, single, (images,)) for single in unstack(weights)])
+
+
 def predict(
     network: nn.Module, weights: Weights, images: Float[Tensor, "batch c h w"]
 ) -> Float[Tensor, "init batch classes"]:
     """Logits of the J networks on the same images, in eval mode."""
     with evaluating(network):
-        return torch.stack([functional_call(network, single, (images,)) for single in unstack(weights)])
+        return forward_each(network, weights, images)
 
 
 def check_network(network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:

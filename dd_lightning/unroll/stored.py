@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from dd_lightning.networks import Weights, training_without_dropout, unstack
+from dd_lightning.networks import Weights, forward_each, training_without_dropout
 from dd_lightning.unroll.interface import Step, Unroll
 from dd_lightning.unroll.optimizers import InnerOptimizer, State
 
@@ -32,7 +32,7 @@ class StoredUnroll(Unroll):
         """Logits of the J networks, in the mode the network is in."""
         if self.batched:
             return vmap(lambda single: functional_call(network, single, (images,)))(theta)
-        return torch.stack([functional_call(network, single, (images,)) for single in unstack(theta)])
+        return forward_each(network, theta, images)
 
     def inner_step(
         self,
