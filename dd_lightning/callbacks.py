@@ -21,7 +21,7 @@ from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.picture import draw
 from dd_lightning.seeding import Stream
-from dd_lightning.unroll import StoredUnroll
+from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class HeldOutEvaluation(Callback):
         **kwargs: Any,
     ) -> HeldOutResult:
         initial_weights = module.init.held_out(module.network, count, stream)
-        unroll = StoredUnroll(module.unroll.optimizer)
+        unroll = AdjointUnroll(module.unroll.optimizer, batched=None)
         return evaluate_held_out(
             module.network, initial_weights, distilled, pictures, data.preprocessing, unroll, self.per_step, **kwargs
         )

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from dd_lightning.data.datamodule import Batch
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import predict
 from dd_lightning.objectives import Classification
+from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import Unroll
 
 
@@ -33,6 +33,7 @@ class DatasetDistiller(pl.LightningModule):
         schedule: makes the schedule of the outer step size from the optimizer, advanced every outer step.
         rate_scale: outer step size of η̃ as a multiple of that of the images.
         config: settings that a checkpoint must share before a run may go on from it.
+        precision: of the pass over the real minibatch (line 7): float32 or bfloat16.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DatasetDistiller(pl.LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         rate_scale: float = 1.0,
         config: dict[str, Any] | None = None,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         self.images = nn.Parameter(distilled.images)
@@ -54,6 +56,7 @@ class DatasetDistiller(pl.LightningModule):
         self._initial = distilled
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
+        self.outer_loss = OuterLoss(objective, precision)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self._config = config or {}
 
@@ -72,7 +75,7 @@ class DatasetDistiller(pl.LightningModule):
         images, labels = batch  # x_t, line 3
         theta_0 = self.init.sample(self.network, step=self.global_step)  # line 4
         theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
-        loss = self.objective(predict(self.network, theta_T, images), labels)  # line 7
+        loss = self.outer_loss(self.network, theta_T, images, labels)  # line 7
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
 

@@ -115,7 +115,7 @@ def evaluate_held_out(
     for theta_0 in _chunks(islice(initial_weights, rank, None, world), chunk):
         points = [accuracy(network, theta_0, pictures, preprocessing)]
         theta = theta_0
-        for theta in unroll.trajectory(network, theta_0, distilled.steps(), differentiable=False):
+        for theta in unroll.trajectory(network, theta_0, distilled.steps()):
             if per_step:
                 points.append(accuracy(network, theta, pictures, preprocessing))
         if not per_step:

@@ -240,9 +240,9 @@ def test_the_best_of_all_evaluations_is_kept(run, monkeypatch, last_is_best):
 
 
 def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, monkeypatch):
-    from dd_lightning.unroll import StoredUnroll
+    from dd_lightning.unroll import FunctionalUnroll
 
-    unroll, calls = StoredUnroll.trajectory, []
+    unroll, calls = FunctionalUnroll.unroll, []
 
     def full(self, *args, **kwargs):
         calls.append(1)
@@ -250,7 +250,7 @@ def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, m
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return unroll(self, *args, **kwargs)
 
-    monkeypatch.setattr(StoredUnroll, "trajectory", full)
+    monkeypatch.setattr(FunctionalUnroll, "unroll", full)
     code, error, folder = run("distill", *SHORT, "callbacks.held_out.every=4")
     assert code == 1
     assert "out of memory at outer step 2" in error

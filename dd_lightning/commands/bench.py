@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -23,10 +23,12 @@ from dd_lightning.callbacks import is_out_of_memory
 from dd_lightning.checks import check_choice, check_count
 from dd_lightning.commands.build import hardware, versions
 from dd_lightning.commands.launch import command
+from dd_lightning.cpu import release_freed_memory
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, predict
+from dd_lightning.networks import AlexCifarNet, LeNet
 from dd_lightning.objectives import Classification
+from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import Unroll
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
@@ -52,6 +54,13 @@ class Measured:
         return statistics.median(sum(step.values()) for step in self.seconds)
 
 
+class Engine(NamedTuple):
+    """How an outer step is computed."""
+
+    unroll: Unroll
+    outer_loss: OuterLoss
+
+
 class OuterStep:
     """One bare outer step of Algorithm 1 on random pictures, without Lightning.
 
@@ -75,14 +84,14 @@ class OuterStep:
         self.real = torch.randn(batch_size, *shape, device=device), torch.randint(10, (batch_size,), device=device)
         self.count = 0
 
-    def run(self, unroll: Unroll) -> dict[str, float]:
+    def run(self, engine: Engine) -> dict[str, float]:
         """Seconds of each part."""
         clock = Clock(self.device)
         theta_0 = self.init.sample(self.network, self.count)
         clock.lap("init")
-        theta_T = unroll(self.network, theta_0, self.distilled.steps())
+        theta_T = engine.unroll(self.network, theta_0, self.distilled.steps())
         clock.lap("inner")
-        loss = Classification()(predict(self.network, theta_T, self.real[0]), self.real[1])
+        loss = engine.outer_loss(self.network, theta_T, *self.real)
         clock.lap("outer")
         loss.backward(inputs=[self.distilled.images, self.distilled.raw_learning_rates])
         clock.lap("backward")
@@ -123,6 +132,7 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
     if not reset.exists():
         work()
         return 0
+    release_freed_memory()
     reset.write_text("5")  # the peak of resident memory starts anew
 
     def kilobytes(key: str) -> int:
@@ -145,7 +155,10 @@ def bench(cfg: DictConfig) -> None:
     if device.type == "cpu":
         limit_memory(cfg.gigabytes)
     torch.manual_seed(cfg.seed)
-    engines: dict[str, Unroll] = {name: instantiate(engine) for name, engine in cfg.engines.items()}
+    engines = {
+        name: Engine(instantiate(engine.unroll), OuterLoss(Classification(), engine.precision))
+        for name, engine in cfg.engines.items()
+    }
     settings = [(n, j, t) for n in cfg.networks for j in cfg.per_step[n] for t in cfg.steps]
     rows = []
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -158,7 +171,7 @@ def bench(cfg: DictConfig) -> None:
         write_json(folder / "bench.json", content)
 
 
-def measure(step: OuterStep, engines: dict[str, Unroll], repeats: int, title: str) -> dict[str, Measured]:
+def measure(step: OuterStep, engines: dict[str, Engine], repeats: int, title: str) -> dict[str, Measured]:
     """The engines in turn, after one step of each that is not timed and gives the peak of memory."""
     measured = {name: Measured() for name in engines}
     for repeat in track(range(repeats + 1), description=title, console=get_console(), transient=True):

@@ -60,6 +60,7 @@ def distill(cfg: DictConfig) -> float:
         instantiate(cfg.schedule),
         cfg.rate_scale,
         computed_from(cfg),
+        cfg.precision,
     )
     checkpoint = find_checkpoint(cfg.resume)
     loggers = build_loggers(cfg)
@@ -153,6 +154,7 @@ def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
 def computed_from(cfg: DictConfig) -> dict[str, Any]:
     """The settings that decide what a run computes, flat."""
     flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
+    flat["precision"] = cfg.precision
     for group in COMPUTED_FROM:
         if cfg[group] is not None:
             flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}

@@ -21,7 +21,7 @@ from dd_lightning.heldout import evaluate_held_out
 from dd_lightning.init import FixedInit
 from dd_lightning.picture import draw
 from dd_lightning.seeding import Stream
-from dd_lightning.unroll import StoredUnroll
+from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def evaluate(cfg: DictConfig) -> float:
             distilled.to(device),
             pictures,
             data.preprocessing,
-            StoredUnroll(instantiate(cfg.inner)),
+            AdjointUnroll(instantiate(cfg.inner), batched=None),
             cfg.per_step,
             on_progress=advance,
         )

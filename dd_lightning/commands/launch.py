@@ -14,6 +14,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dd_lightning.cpu import tune_cpu
 from dd_lightning.resolvers import register
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -64,6 +65,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
             os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
+        tune_cpu()
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run_task)()
         except Exception as error:
