@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dd_lightning.capture import OuterStep
 from dd_lightning.data.datamodule import Batch
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
+from dd_lightning.networks import Weights
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import Unroll
@@ -34,6 +36,7 @@ class DatasetDistiller(pl.LightningModule):
         rate_scale: outer step size of η̃ as a multiple of that of the images.
         config: settings that a checkpoint must share before a run may go on from it.
         precision: of the pass over the real minibatch (line 7): float32 or bfloat16.
+        chunk, capture: as in `OuterStep`.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class DatasetDistiller(pl.LightningModule):
         rate_scale: float = 1.0,
         config: dict[str, Any] | None = None,
         precision: str = "float32",
+        chunk: int | None = None,
+        capture: bool = True,
     ) -> None:
         super().__init__()
         self.images = nn.Parameter(distilled.images)
@@ -57,6 +62,7 @@ class DatasetDistiller(pl.LightningModule):
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
         self.outer_loss = OuterLoss(objective, precision)
+        self._outer_step = OuterStep(self.loss, chunk, capture)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self._config = config or {}
 
@@ -74,10 +80,14 @@ class DatasetDistiller(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
         theta_0 = self.init.sample(self.network, step=self.global_step)  # line 4
-        theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
-        loss = self.outer_loss(self.network, theta_T, images, labels)  # line 7
+        loss = self._outer_step(theta_0, images, labels, [self.images, self.raw_learning_rates])
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
+
+    def loss(self, theta_0: Weights, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """The outer loss of networks that start from θ₀."""
+        theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
+        return self.outer_loss(self.network, theta_T, images, labels)  # line 7
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # Of the leaves only the distilled data: the gradient of θ₀ would cost one more Hessian-vector product.

@@ -36,7 +36,7 @@ class OuterLoss:
         images = images.to(memory_format=memory_format(network, images))
 
         def loss(single: dict[str, Tensor]) -> Tensor:
-            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
                 logits = functional_call(network, single, (images,))
             return self.objective(logits.to(images.dtype)[None], labels)
 

@@ -254,5 +254,5 @@ def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, m
     code, error, folder = run("distill", *SHORT, "callbacks.held_out.every=4")
     assert code == 1
     assert "out of memory at outer step 2" in error
-    assert "unroll=recompute, a smaller init.per_step" in error
+    assert "a chunk of networks, unroll=recompute, a smaller init.per_step" in error
     assert DistilledData.load(folder / "last_good.safetensors").images.isfinite().all()

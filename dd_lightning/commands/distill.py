@@ -61,6 +61,8 @@ def distill(cfg: DictConfig) -> float:
         cfg.rate_scale,
         computed_from(cfg),
         cfg.precision,
+        cfg.chunk,
+        cfg.capture,
     )
     checkpoint = find_checkpoint(cfg.resume)
     loggers = build_loggers(cfg)
@@ -75,7 +77,7 @@ def distill(cfg: DictConfig) -> float:
         kept = next((c.kept(trainer) for c in callbacks if isinstance(c, LastGood)), "nothing was kept")
         raise MemoryError(
             f"out of memory at outer step {trainer.global_step} ({' '.join(str(error).split())[:120]}); {kept}; "
-            "unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
+            "a chunk of networks, unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
         ) from error
     finally:
         if "wandb" in sys.modules:

@@ -124,9 +124,9 @@ class LayeredGradient(StepGradient):
             saved.append(kept)
         logits = activations[self._output]  # [init, classes, batch]
         probabilities = torch.softmax(logits, 1)
-        truth = F.one_hot(labels, logits.shape[1]).T
+        truth = labels == torch.arange(logits.shape[1], device=labels.device)[:, None]
         adjoints: list[Tensor | None] = [None] * len(activations)
-        adjoints[self._output] = (probabilities - truth) / len(labels)
+        adjoints[self._output] = (probabilities - truth.to(logits.dtype)) / len(labels)
         gradient: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
