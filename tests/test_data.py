@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dd_lightning.data import Digits, Packed, Preprocessing, RealData, TorchvisionDataset
+from dd_lightning.data import Digits, OwnMinibatches, Packed, Preprocessing, RealData, TorchvisionDataset
 from dd_lightning.data.augmentation import random_crop, random_flip
 from dd_lightning.data.packed import load_packed
 from dd_lightning.networks import LeNet, check_network
@@ -48,6 +48,19 @@ def test_a_minibatch_depends_on_seed_and_step_alone(packed):
     assert torch.equal(again.minibatch(5)[0], straight[5][0])
     assert torch.equal(again.minibatch(2)[0], straight[2][0])
     assert not torch.equal(real_data(path, seed=1, **form).minibatch(5)[0], straight[5][0])
+
+
+@pytest.mark.parametrize("form", [{}, {"crop_padding": 2, "flip": True}])
+def test_minibatches_of_many_streams_are_those_of_each(packed, form):
+    data = real_data(packed(channels=3), **form)
+    streams = [data.reseeded(seed) for seed in (4, 5, 6)]
+    cut = OwnMinibatches(streams)
+    for step in (0, 3, 5):
+        images, labels = cut(step)
+        for j, stream in enumerate(streams):
+            alone = stream.minibatch(step)
+            assert torch.equal(images[j], alone[0])
+            assert torch.equal(labels[j], alone[1])
 
 
 def test_form_is_an_option(packed):

@@ -100,6 +100,11 @@ class ImageDataset(ABC):
             raise ValueError(f"std must be above 0, not {self.std}")
         self.crop_padding, self.flip, self.validation = crop_padding, flip, validation
 
+    @property
+    def augments(self) -> bool:
+        """Whether training pictures are changed at random."""
+        return bool(self.crop_padding or self.flip)
+
     @abstractmethod
     def prepare(self) -> None:
         """Makes the arrays available on this machine (download, pack); called once, before `arrays`."""
