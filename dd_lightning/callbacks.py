@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 class HeldOutEvaluation(Callback):
     """Trains unseen networks on the distilled data; tests them on validation pictures, at the end on the test set.
 
-    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %.
+    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %: of the objective's
+    first measure. Where the objective has more measures, `_before` and `_after` of each.
 
     Args:
         networks: unseen networks per evaluation while distilling (one, where the init is fixed).
@@ -81,13 +82,21 @@ class HeldOutEvaluation(Callback):
         initial_weights = module.init.held_out(module.network, count, stream)
         unroll = AdjointUnroll(module.unroll.optimizer, batched=None)
         return evaluate_held_out(
-            module.network, initial_weights, distilled, pictures, data.preprocessing, unroll, self.per_step, **kwargs
+            module.network,
+            initial_weights,
+            distilled,
+            pictures,
+            data.preprocessing,
+            unroll,
+            self.per_step,
+            module.objective,
+            **kwargs,
         )
 
 
 @contextmanager
-def progress_of_networks(description: str, total: int) -> Iterator[Any]:
-    """A progress bar over held-out networks; yields the function that advances it."""
+def progress_of_networks(description: str, total: int, done: int = 0) -> Iterator[Any]:
+    """A progress bar over networks, of which some may be done; yields the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,7 +105,7 @@ def progress_of_networks(description: str, total: int) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=get_console(), transient=True) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, completed=done)
         yield lambda networks: progress.advance(task, networks)
 
 

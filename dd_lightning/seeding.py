@@ -20,6 +20,7 @@ class Stream(IntEnum):
     AUGMENTATION = 4
     DISTILLED = 5
     SPLIT = 6
+    PRETRAINING = 7
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:

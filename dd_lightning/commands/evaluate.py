@@ -14,7 +14,14 @@ from omegaconf import DictConfig, open_dict
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import progress_of_networks
 from dd_lightning.checks import check_choice, check_count
-from dd_lightning.commands.build import CARD_GROUPS, build_data, build_distilled, build_network, hardware
+from dd_lightning.commands.build import (
+    CARD_GROUPS,
+    build_data,
+    build_distilled,
+    build_network,
+    build_objective,
+    hardware,
+)
 from dd_lightning.commands.launch import command
 from dd_lightning.distilled import DistilledData
 from dd_lightning.heldout import evaluate_held_out
@@ -24,6 +31,8 @@ from dd_lightning.seeding import Stream
 from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
+
+PLACES = ("data_dir", "populations_dir", "weights")  # of the machine that distilled
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -41,12 +50,10 @@ def evaluate(cfg: DictConfig) -> float:
     cfg = with_card(cfg, card)
     data = build_data(cfg)
     distilled = build_distilled(cfg, data)
-    init = instantiate(cfg.init)
-    if isinstance(init, FixedInit) and distilled.initial_weights is not None and not _overridden("init"):
-        init = FixedInit(weights=distilled.initial_weights)
+    objective = build_objective(cfg, data)
+    brought = None if _overridden("init") else distilled.initial_weights
+    init = instantiate(cfg.init) if brought is None else FixedInit(weights=brought)
     network = build_network(cfg, data, init)
-    if isinstance(init, FixedInit):
-        check_weights(network, init)
     device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
     data.to(device)
     network.to(device)
@@ -61,6 +68,7 @@ def evaluate(cfg: DictConfig) -> float:
             data.preprocessing,
             AdjointUnroll(instantiate(cfg.inner), batched=None),
             cfg.per_step,
+            objective,
             on_progress=advance,
         )
     draw(distilled, data.preprocessing, f"{cfg.split} accuracy: {result}", folder / "distilled.png")
@@ -77,20 +85,11 @@ def evaluate(cfg: DictConfig) -> float:
     low, high = result.interval
     count = len(result.accuracies)
     log.info(f"{cfg.split} accuracy over {count} network(s): {result} (95 % interval {low:.2f} to {high:.2f})")
+    for line in result.lines():
+        log.info(f"  {line}")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):
         log.info(f"  after {step} GD steps: {value:.2f} %")
     return result.mean
-
-
-def check_weights(network: torch.nn.Module, init: FixedInit) -> None:
-    """Refuses another architecture than that of the one network the data were distilled for."""
-    weights = init.weights(network)
-    own = {name: p.shape for name, p in network.named_parameters()}
-    if own != {name: w.shape for name, w in weights.items()}:
-        raise ValueError(
-            f"these data were distilled for one fixed network whose weights do not fit {type(network).__name__}; "
-            "give init=random to evaluate them on unseen networks"
-        )
 
 
 def _overridden(group: str) -> bool:
@@ -126,7 +125,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
         overrides += [
             f"{group}.{key}={_quoted(value)}"
             for key, value in entry.items()
-            if key in known and not key.startswith("_") and key not in ("data_dir", "weights") and _plain(value)
+            if key in known and not key.startswith("_") and key not in PLACES and _plain(value)
         ]
     composed = compose("evaluate", overrides=overrides + task)
     with open_dict(composed):
