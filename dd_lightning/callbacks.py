@@ -86,13 +86,13 @@ class HeldOutEvaluation(Callback):
 
 
 @contextmanager
-def progress_of_networks(description: str, total: int) -> Iterator[Any]:
-    """A progress bar over held-out networks; yields the function that advances it."""
+def progress_of_networks(description: str, total: int, unit: str = "networks") -> Iterator[Any]:
+    """A progress bar over held-out networks, or other units; yields the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("networks"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=get_console(), transient=True) as progress:

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     AUGMENTATION = 4
     DISTILLED = 5
     SPLIT = 6
+    BASELINE = 8
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from dd_lightning.baselines import Sets
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
@@ -41,8 +42,22 @@ def build_network(cfg: DictConfig, data: RealData, init: RandomInit) -> nn.Modul
     return network
 
 
+def build_sets(cfg: DictConfig, data: RealData) -> Sets:
+    """The distilled data, of which a baseline has several sets."""
+    made = instantiate(cfg.distilled, data=data)
+    return made if isinstance(made, Sets) else Sets([made])
+
+
 def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:
-    return instantiate(cfg.distilled, data=data)
+    """The distilled data to start from; of a baseline the first set.
+
+    Raises:
+        ValueError: there are none, or they are candidates that only an evaluation can choose from.
+    """
+    sets = build_sets(cfg, data)
+    if sets.keep is not None or not sets.members:
+        raise ValueError("these distilled data are for dd-evaluate alone; start from distilled=random_real or kmeans")
+    return sets.members[0]
 
 
 def settings(cfg: DictConfig, group: str) -> dict[str, Any]:
