@@ -81,13 +81,21 @@ class HeldOutEvaluation(Callback):
         initial_weights = module.init.held_out(module.network, count, stream)
         unroll = StoredUnroll(module.unroll.optimizer)
         return evaluate_held_out(
-            module.network, initial_weights, distilled, pictures, data.preprocessing, unroll, self.per_step, **kwargs
+            module.network,
+            initial_weights,
+            distilled,
+            pictures,
+            data.preprocessing,
+            unroll,
+            self.per_step,
+            module.objective,
+            **kwargs,
         )
 
 
 @contextmanager
-def progress_of_networks(description: str, total: int, unit: str = "networks") -> Iterator[Any]:
-    """A progress bar over held-out networks, or other units; yields the function that advances it."""
+def progress_of_networks(description: str, total: int, done: int = 0, unit: str = "networks") -> Iterator[Any]:
+    """A progress bar over networks, of which some may be done; yields the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,7 +104,7 @@ def progress_of_networks(description: str, total: int, unit: str = "networks") -
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=get_console(), transient=True) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, completed=done)
         yield lambda networks: progress.advance(task, networks)
 
 

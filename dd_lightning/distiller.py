@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dd_lightning.data.datamodule import Batch
 from dd_lightning.distilled import DistilledData
-from dd_lightning.init import RandomInit
+from dd_lightning.init import Init
 from dd_lightning.networks import predict
-from dd_lightning.objectives import Classification
+from dd_lightning.objectives import Objective
 from dd_lightning.unroll import Unroll
 
 
@@ -39,9 +39,9 @@ class DatasetDistiller(pl.LightningModule):
         self,
         distilled: DistilledData,
         network: nn.Module,
-        init: RandomInit,
+        init: Init,
         unroll: Unroll,
-        objective: Classification,
+        objective: Objective,
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         rate_scale: float = 1.0,

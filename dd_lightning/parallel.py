@@ -42,8 +42,7 @@ class Workers:
         """
         done = {name: result for name in pieces if (result := self._kept(description, name)) is not None}
         rest = {name: arguments for name, arguments in pieces.items() if name not in done}
-        with progress_of_networks(description, len(pieces), "pieces") as advance:
-            advance(len(done))
+        with progress_of_networks(description, len(pieces), len(done), "pieces") as advance:
             for name, result in self._work(work, rest):
                 done[name] = result
                 self._keep(description, name, result)

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     AUGMENTATION = 4
     DISTILLED = 5
     SPLIT = 6
+    PRETRAINING = 7
     BASELINE = 8
 
 

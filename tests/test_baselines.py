@@ -24,7 +24,7 @@ from dd_lightning.baselines.learning_rates import learn_rates
 from dd_lightning.data import Packed, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
-from dd_lightning.objectives import Classification
+from dd_lightning.objectives import Classification, Poisoning
 from dd_lightning.parallel import Workers
 from dd_lightning.seeding import Stream
 from dd_lightning.unroll import StoredUnroll
@@ -39,8 +39,8 @@ def data(packed):
 
 @pytest.fixture
 def evaluation(data):
-    learner = Learner(SmallNet(), RandomInit(seed=3), StoredUnroll(), data.preprocessing)
-    return Evaluation(learner, Classification(), data, Workers(), networks=4)
+    learner = Learner(SmallNet(), RandomInit(seed=3), StoredUnroll(), data.preprocessing, Classification())
+    return Evaluation(learner, data, Workers(), networks=4)
 
 
 def is_one_of(image, pictures):
@@ -206,7 +206,19 @@ def test_every_share_of_pictures_comes_in_turn(data):
 
 
 def test_the_best_combination_is_the_most_accurate():
-    assert best(np.array([3.0, 9.0, 5.0])) == 1
+    assert best({"accuracy": np.array([3.0, 9.0, 5.0])}) == 1
+
+
+def test_a_poisoning_combination_must_move_the_attacked_class():
+    """Figure 6's rule: the best accuracy among those that move at least 10 %."""
+    accuracy = np.array([90.0, 80.0, 70.0])
+    assert best({"accuracy_modified_labels": accuracy, "attack_share": np.array([0.0, 11.0, 99.0])}, 10) == 1
+    assert best({"accuracy_modified_labels": accuracy, "attack_share": np.array([0.0, 8.0, 9.0])}, 10) == 2
+
+
+def test_baselines_of_poisoning_carry_the_modified_labels(data):
+    sets = average_real(data, steps=2).relabelled(Poisoning(0, 2))
+    assert sets.members[0].labels.tolist() == [[2, 1, 2]] * 2
 
 
 @pytest.mark.parametrize(("metric", "p"), [("l1", 1), ("l2", 2)])

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dd_lightning.baselines.evaluation import Evaluation, Learner, held_out_result
+from dd_lightning.baselines.evaluation import Evaluation, Learner, held_out_result, numpy
 from dd_lightning.baselines.grid import Outcome
 from dd_lightning.baselines.sets import Sets
 from dd_lightning.checks import check_count, check_positive
 from dd_lightning.data import ImageDataset, Preprocessing
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData
-from dd_lightning.heldout import accuracy
 from dd_lightning.networks import stack, training_without_dropout
 from dd_lightning.parallel import Result
 from dd_lightning.seeding import Stream, derive_seed
@@ -41,8 +40,7 @@ class NoAdaptation:
 
 def _test(learner: Learner, part: slice, networks: int, stream: Stream, pictures: Pictures) -> Result:
     weights = stack(list(learner.held_out(networks, stream, part)))
-    found = accuracy(learner.network, weights, pictures, learner.preprocessing)
-    return {"accuracy": found.cpu().numpy()[:, None]}
+    return {name: values[:, None] for name, values in numpy(learner.judged(weights, pictures)).items()}
 
 
 class FewShotAdaptation:
@@ -116,15 +114,15 @@ def adapt_one(
     index %= learner.init.num_held_out(networks)
     (weights,) = learner.held_out(networks, stream, slice(index, index + 1))
     network = copy.deepcopy(learner.network)
-    before = accuracy(network, stack([weights]), pictures, learner.preprocessing)
+    before = learner.judged(stack([weights]), pictures)
     network.load_state_dict(weights, strict=False)
     few = distilled.to(source.labels.device)
     domains = Domains(source, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
     with training_without_dropout(network):
         adapt(network, domains, settings, derive_seed(settings.seed, Stream.BASELINE, index))
     adapted = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    after = accuracy(network, stack([adapted]), pictures, learner.preprocessing)
-    return {"accuracy": torch.stack([before, after], dim=1).cpu().numpy()}
+    after = learner.judged(stack([adapted]), pictures)
+    return numpy({name: torch.stack([before[name], after[name]], dim=1) for name in before})
 
 
 class Domains:

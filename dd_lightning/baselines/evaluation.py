@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dd_lightning.data import Preprocessing, RealData
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData
-from dd_lightning.heldout import HeldOutResult, accuracy, evaluate_held_out
-from dd_lightning.init import RandomInit
-from dd_lightning.networks import stack
-from dd_lightning.objectives import Classification
+from dd_lightning.heldout import HeldOutResult, confusion, evaluate_held_out
+from dd_lightning.init import Init
+from dd_lightning.networks import Weights, stack
+from dd_lightning.objectives import Measures, Objective
 from dd_lightning.parallel import Result, Workers
 from dd_lightning.seeding import Stream, generator
 from dd_lightning.unroll import Unroll
@@ -28,16 +28,21 @@ SCORE_PICTURES = 1024  # and training pictures
 
 @dataclass(frozen=True)
 class Learner:
-    """The networks that are trained on a set of images, and how."""
+    """The networks that are trained on a set of images, how, and what they are judged by."""
 
     network: nn.Module
-    init: RandomInit
+    init: Init
     unroll: Unroll
     preprocessing: Preprocessing
+    objective: Objective
 
     def held_out(self, count: int, stream: Stream, part: slice) -> Any:
         """The networks of `part` among `count` unseen ones."""
         return islice(self.init.held_out(self.network, count, stream), part.start, part.stop)
+
+    def judged(self, weights: Weights, pictures: Pictures) -> Measures:
+        """What the objective measures of networks on real pictures."""
+        return self.objective.measures(confusion(self.network, weights, pictures, self.preprocessing))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,6 @@ class Evaluation:
     """
 
     learner: Learner
-    objective: Classification
     data: RealData
     workers: Workers
     networks: int = 200
@@ -112,13 +116,19 @@ class Evaluation:
         common = (slice(0, SCORED), SCORED, Stream.HELD_OUT_VALIDATION, pictures, False)
         pieces = {f"set{i}": (self.learner, one, *common) for i, one in enumerate(sets)}
         results = self.workers.map("choosing sets", _test, pieces)
-        means = [result["accuracy"][:, -1].mean() for result in results.values()]
+        means = [held_out_result({name: result}).mean for name, result in results.items()]
         return [sets[i] for i in sorted(np.argsort(means)[::-1][:keep])]
 
 
 def held_out_result(results: dict[str, Result]) -> HeldOutResult:
     """The networks of all pieces together."""
-    return HeldOutResult(torch.from_numpy(np.concatenate([result["accuracy"] for result in results.values()])))
+    first = next(iter(results.values()))
+    measures = {name: torch.from_numpy(np.concatenate([r[name] for r in results.values()])) for name in first}
+    return HeldOutResult(next(iter(measures.values())), measures)
+
+
+def numpy(measures: Measures) -> Result:
+    return {name: values.cpu().numpy() for name, values in measures.items()}
 
 
 def _test(
@@ -133,12 +143,20 @@ def _test(
     weights = learner.held_out(networks, stream, part)
     to = distilled.to(pictures.labels.device)
     result = evaluate_held_out(
-        learner.network, weights, to, pictures, learner.preprocessing, learner.unroll, per_step, CHUNK
+        learner.network,
+        weights,
+        to,
+        pictures,
+        learner.preprocessing,
+        learner.unroll,
+        per_step,
+        learner.objective,
+        CHUNK,
     )
-    return {"accuracy": result.accuracies.numpy()}
+    return numpy(result.measures)
 
 
-def accuracy_along(
+def measures_along(
     learner: Learner,
     schedules: Sequence[Schedule],
     distilled: DistilledData,
@@ -147,18 +165,19 @@ def accuracy_along(
     stream: Stream,
     parts_of_pictures: Sequence[Pictures],
 ) -> Result:
-    """Accuracy in % of unseen networks after each tested number of epochs of every schedule, on several pictures.
+    """Unseen networks judged after each tested number of epochs of every schedule, on several pictures.
 
     Returns:
-        `accuracy`, [combination, pictures, network].
+        Each measure in %, [combination, pictures, network].
     """
     theta_0 = stack(list(learner.held_out(networks, stream, part)))
-    distilled, steps, points = distilled.to(parts_of_pictures[0].labels.device), len(distilled.images), []
+    distilled, steps = distilled.to(parts_of_pictures[0].labels.device), len(distilled.images)
+    points: list[Measures] = []
     for schedule in schedules:
         after = {epochs * steps for epochs in schedule.tested}
         inner_steps = schedule.of(distilled, max(schedule.tested)).steps()
         trajectory = learner.unroll.trajectory(learner.network, theta_0, inner_steps, differentiable=False)
         for step, theta in enumerate(trajectory, start=1):
             if step in after:
-                points.append([accuracy(learner.network, theta, p, learner.preprocessing) for p in parts_of_pictures])
-    return {"accuracy": torch.stack([torch.stack(point) for point in points]).cpu().numpy()}
+                points.append(stack([learner.judged(theta, pictures) for pictures in parts_of_pictures]))
+    return numpy(stack(points))

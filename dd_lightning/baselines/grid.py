@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dd_lightning.baselines.evaluation import CHUNK, Evaluation, Schedule, accuracy_along
+from dd_lightning.baselines.evaluation import CHUNK, Evaluation, Schedule, measures_along
 from dd_lightning.baselines.learning_rates import learn_rates
 from dd_lightning.baselines.sets import Sets
 from dd_lightning.checks import check_count, check_positive
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData, softplus_inverse
 from dd_lightning.heldout import HeldOutResult
+from dd_lightning.parallel import Result
 from dd_lightning.seeding import Stream
 
 LEARNED = "learned"
@@ -59,6 +60,7 @@ class Grid:
         outer_steps: of learning rates.
         step_size: of the outer optimizer of the learning rates.
         pictures: share of the validation and of the test pictures that every ten networks see.
+        least_attack_share: % of the attacked class that a combination must move to the target, for poisoning.
 
     Raises:
         ValueError: no or repeated combinations, a rate that is not positive, or a count below 1.
@@ -71,6 +73,7 @@ class Grid:
         outer_steps: int = 100,
         step_size: float = 0.1,
         pictures: int = 1000,
+        least_attack_share: float = 10.0,
     ) -> None:
         check_count(outer_steps=outer_steps, pictures=pictures, **{f"epochs[{i}]": e for i, e in enumerate(epochs)})
         fixed = {f"learning_rates[{i}]": rate for i, rate in enumerate(learning_rates) if rate != LEARNED}
@@ -80,25 +83,26 @@ class Grid:
                 raise ValueError(f"{name} must be different values, at least one, not {list(values)}")
         self.learning_rates, self.epochs = list(learning_rates), sorted(epochs)
         self.outer_steps, self.step_size, self.pictures = outer_steps, step_size, pictures
+        self.least_attack_share = least_attack_share
 
     def __call__(self, evaluation: Evaluation, sets: Sets) -> Outcome:
         schedules = self.schedules(evaluation, sets.members)
         combinations = [(schedule, epochs) for schedule in schedules for epochs in schedule.tested]
         validation, test = self.compare(evaluation, sets.members, schedules)
-        chosen, chosen_on_test = best(validation), best(test)
+        chosen, chosen_on_test = (best(means, self.least_attack_share) for means in (validation, test))
         schedule, epochs = combinations[chosen]
         kept = evaluation.best([schedule.of(one, epochs) for one in sets.members], sets.keep)
         result = evaluation.test(kept)
         table = [
-            {"learning_rate": s.learning_rate, "epochs": e, "validation": v, "test": t}
-            for (s, e), v, t in zip(combinations, validation.tolist(), test.tolist(), strict=True)
+            {"learning_rate": s.learning_rate, "epochs": e, **row}
+            for (s, e), row in zip(combinations, rows(validation, test), strict=True)
         ]
         details = {
             "sets": len(kept),
             "combinations": table,
             "chosen": table[chosen],
             "chosen_on_test": table[chosen_on_test],
-            "gap": test[chosen_on_test].item() - test[chosen].item(),
+            "gap": table[chosen_on_test]["test"] - table[chosen]["test"],
             "learned_rates": {
                 str(s.tested[0]): torch.nn.functional.softplus(s.raw_learning_rates).tolist()
                 for s in schedules
@@ -117,7 +121,7 @@ class Grid:
         ]
         if LEARNED in self.learning_rates:
             learner = evaluation.learner
-            common = (learner.network, learner.init, learner.unroll, evaluation.objective, evaluation.data)
+            common = (learner.network, learner.init, learner.unroll, learner.objective, evaluation.data)
             pieces = {
                 f"epochs{epochs}": (
                     [replace(one, raw_learning_rates=one.raw_learning_rates[:1].expand(epochs, -1)) for one in sets],
@@ -133,8 +137,8 @@ class Grid:
 
     def compare(
         self, evaluation: Evaluation, sets: Sequence[DistilledData], schedules: Sequence[Schedule]
-    ) -> tuple[Float[np.ndarray, " combination"], Float[np.ndarray, " combination"]]:
-        """Mean accuracy in % of every combination on validation and on test pictures."""
+    ) -> tuple[Result, Result]:
+        """Mean of each measure in % for every combination, on validation and on test pictures."""
         count = evaluation.learner.init.num_held_out(evaluation.networks)
         size = max(1, min(CHUNK, math.ceil(count / len(sets))))
         pieces = {}
@@ -142,8 +146,10 @@ class Grid:
             shares = [share(p, i, self.pictures) for p in (evaluation.data.validation, evaluation.data.test)]
             common = (part, evaluation.networks, Stream.HELD_OUT_VALIDATION, shares)
             pieces[f"networks{part.start}"] = (evaluation.learner, schedules, sets[i % len(sets)], *common)
-        results = evaluation.workers.map("comparing", accuracy_along, pieces)
-        validation, test = np.concatenate([r["accuracy"] for r in results.values()], axis=2).mean(2).T
+        results = evaluation.workers.map("comparing", measures_along, pieces)
+        names = list(next(iter(results.values())))
+        means = {name: np.concatenate([r[name] for r in results.values()], axis=2).mean(2) for name in names}
+        validation, test = ({name: mean[:, part] for name, mean in means.items()} for part in (0, 1))
         return validation, test
 
 
@@ -159,6 +165,23 @@ def share(pictures: Pictures, index: int, size: int) -> Pictures:
     return Pictures(pictures.images[chosen], pictures.labels[chosen])
 
 
-def best(accuracies: Float[np.ndarray, " combination"]) -> int:
-    """The combination of the highest mean accuracy."""
-    return int(np.argmax(accuracies))
+def best(means: Result, least_attack_share: float = 0.0) -> int:
+    """The combination with the highest mean of the first measure, the accuracy.
+
+    For poisoning (Figure 6) it is the best of those that move at least `least_attack_share` % of the attacked class to
+    the target; where none does, the one that moves most.
+    """
+    accuracy = next(iter(means.values()))
+    if "attack_share" in means:
+        share = means["attack_share"]
+        moving = share >= least_attack_share
+        return int(np.argmax(np.where(moving, accuracy, -1.0) if moving.any() else share))
+    return int(np.argmax(accuracy))
+
+
+def rows(validation: Result, test: Result) -> list[dict[str, float]]:
+    """Of each combination the accuracy on validation and on test pictures, and the share of the attacked class."""
+    named = {"validation": next(iter(validation.values())), "test": next(iter(test.values()))}
+    if "attack_share" in validation:
+        named |= {"validation_attack_share": validation["attack_share"], "test_attack_share": test["attack_share"]}
+    return [dict(zip(named, values, strict=True)) for values in zip(*(v.tolist() for v in named.values()), strict=True)]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dd_lightning.baselines.evaluation import Evaluation
-from dd_lightning.baselines.grid import Outcome, best
+from dd_lightning.baselines.grid import Outcome, best, rows
 from dd_lightning.baselines.sets import Sets
 from dd_lightning.checks import check_choice, check_count
 from dd_lightning.data import Preprocessing
@@ -44,12 +44,11 @@ class KNearestNeighbours:
         }
         results = evaluation.workers.map("K-NN", accuracies, pieces)
         validation, test = np.stack([r["accuracy"] for r in results.values()]).transpose(2, 1, 0)  # combination, set
-        chosen, chosen_on_test = best(validation.mean(1)), best(test.mean(1))
+        means = [{"accuracy": part.mean(1)} for part in (validation, test)]
+        chosen, chosen_on_test = map(best, means)
         table = [
-            {"metric": metric, "neighbours": k, "validation": v, "test": t}
-            for (metric, k), v, t in zip(
-                self.combinations, validation.mean(1).tolist(), test.mean(1).tolist(), strict=True
-            )
+            {"metric": metric, "neighbours": k, **row}
+            for (metric, k), row in zip(self.combinations, rows(*means), strict=True)
         ]
         details = {
             "sets": len(sets.members),

@@ -7,9 +7,9 @@ from torch import nn
 
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.init import RandomInit
+from dd_lightning.init import Init
 from dd_lightning.networks import predict
-from dd_lightning.objectives import Classification
+from dd_lightning.objectives import Objective
 from dd_lightning.parallel import Result
 from dd_lightning.unroll import Unroll
 
@@ -17,9 +17,9 @@ from dd_lightning.unroll import Unroll
 def learn_rates(
     sets: list[DistilledData],
     network: nn.Module,
-    init: RandomInit,
+    init: Init,
     unroll: Unroll,
-    objective: Classification,
+    objective: Objective,
     data: RealData,
     outer_steps: int,
     step_size: float,

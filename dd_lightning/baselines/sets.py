@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich import get_console
 from rich.progress import track
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from dd_lightning.checks import check_count
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
+from dd_lightning.objectives import Objective
 from dd_lightning.seeding import Stream, derive_seed, generator
 from dd_lightning.sources import class_labels, real_images
 
@@ -29,9 +30,9 @@ class Sets:
     members: list[DistilledData]
     keep: int | None = None
 
-    def relabelled(self, labels: Int[Tensor, "step batch"]) -> "Sets":
-        """The same images with other labels, as poisoning gives them (Section 4.2)."""
-        return replace(self, members=[replace(member, labels=labels) for member in self.members])
+    def relabelled(self, objective: Objective) -> "Sets":
+        """The same images with the labels of the objective: those that poisoning modifies (Section 4.2)."""
+        return replace(self, members=[replace(one, labels=objective.wanted(one.labels)) for one in self.members])
 
 
 def random_real(

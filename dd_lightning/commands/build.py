@@ -15,8 +15,9 @@ from torch import nn
 from dd_lightning.baselines import Sets
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.init import RandomInit
+from dd_lightning.init import Init
 from dd_lightning.networks import check_network
+from dd_lightning.objectives import Objective
 
 # What distilled data are made for, and what an evaluation takes over from their card.
 CARD_GROUPS = ("dataset", "network", "init", "objective", "inner")
@@ -34,18 +35,26 @@ def build_data(cfg: DictConfig) -> RealData:
     return data
 
 
-def build_network(cfg: DictConfig, data: RealData, init: RandomInit) -> nn.Module:
+def build_network(cfg: DictConfig, data: RealData, init: Init) -> nn.Module:
     """The network template, checked against the data set and the init."""
     network = instantiate(cfg.network)
     check_network(network, data.preprocessing.image_shape, data.num_classes)
-    init.check(network)
+    init.check(network, data.preprocessing.image_shape, data.num_classes)
     return network
 
 
-def build_sets(cfg: DictConfig, data: RealData) -> Sets:
-    """The distilled data, of which a baseline has several sets."""
+def build_objective(cfg: DictConfig, data: RealData) -> Objective:
+    objective = instantiate(cfg.objective)
+    objective.check(data.num_classes)
+    return objective
+
+
+def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = None) -> Sets:
+    """The distilled data, of which a baseline has several sets, with the labels that the objective asks for."""
     made = instantiate(cfg.distilled, data=data)
-    return made if isinstance(made, Sets) else Sets([made])
+    if not isinstance(made, Sets):
+        return Sets([made])
+    return made if objective is None else made.relabelled(objective)
 
 
 def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:

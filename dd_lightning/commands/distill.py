@@ -19,10 +19,18 @@ from pytorch_lightning.loggers import WandbLogger
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import HeldOutEvaluation, LastGood, is_out_of_memory, log_picture
 from dd_lightning.checks import check_count, check_positive
-from dd_lightning.commands.build import build_data, build_distilled, build_network, hardware, make_card, settings
+from dd_lightning.commands.build import (
+    build_data,
+    build_distilled,
+    build_network,
+    build_objective,
+    hardware,
+    make_card,
+    settings,
+)
 from dd_lightning.commands.launch import command
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.init import FixedInit
+from dd_lightning.init import OneNetwork
 from dd_lightning.picture import draw
 
 log = logging.getLogger(__name__)
@@ -44,18 +52,19 @@ def distill(cfg: DictConfig) -> float:
     check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
+    objective = build_objective(cfg, data)
     init = instantiate(cfg.init)
     network = build_network(cfg, data, init)
     distilled = build_distilled(cfg, data)
     unroll = instantiate(cfg.unroll)
     unroll.check(network, init.sample(network, step=0), distilled.images[0])
-    weights = init.weights(network) if isinstance(init, FixedInit) else None
+    weights = init.weights(network) if isinstance(init, OneNetwork) else None
     distiller = DatasetDistiller(
         replace(distilled, card=make_card(cfg, data), initial_weights=weights),
         network,
         init,
         unroll,
-        instantiate(cfg.objective),
+        objective,
         instantiate(cfg.optimizer),
         instantiate(cfg.schedule),
         cfg.rate_scale,
@@ -128,6 +137,8 @@ def finish(
         networks = "the fixed network"
     images = distilled.images.shape[0] * distilled.images.shape[1]
     log.info(f"test accuracy of {networks}, trained on {images} distilled images: {result}")
+    for line in result.lines():
+        log.info(f"  {line}")
     log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
     return result.mean
 
@@ -157,7 +168,8 @@ def computed_from(cfg: DictConfig) -> dict[str, Any]:
         if cfg[group] is not None:
             flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
             flat[f"{group}._target_"] = cfg[group].get("_target_")
-    flat.pop("dataset.data_dir", None)
+    for place in ("dataset.data_dir", "init.populations_dir"):
+        flat.pop(place, None)
     return flat
 
 

@@ -18,7 +18,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dd_lightning.atomic import write_json
 from dd_lightning.baselines import Evaluation, Learner
 from dd_lightning.checks import check_choice, check_count
-from dd_lightning.commands.build import CARD_GROUPS, build_data, build_network, build_sets, hardware, versions
+from dd_lightning.commands.build import (
+    CARD_GROUPS,
+    build_data,
+    build_network,
+    build_objective,
+    build_sets,
+    hardware,
+    versions,
+)
 from dd_lightning.commands.launch import command
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import FixedInit
@@ -27,6 +35,8 @@ from dd_lightning.picture import draw
 from dd_lightning.unroll import StoredUnroll
 
 log = logging.getLogger(__name__)
+
+PLACES = ("data_dir", "populations_dir", "weights")  # of the machine that distilled
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -48,18 +58,15 @@ def evaluate(cfg: DictConfig) -> float:
     pieces = folder / "pieces" / digest(cfg)
     workers = Workers(cfg.processes if device.type == "cpu" else 1, pieces)
     data = build_data(cfg)
-    sets = build_sets(cfg, data)
-    init = instantiate(cfg.init)
-    if isinstance(init, FixedInit) and sets.members and not _overridden("init"):
-        init = FixedInit(weights=sets.members[0].initial_weights)
+    objective = build_objective(cfg, data)
+    sets = build_sets(cfg, data, objective)
+    brought = sets.members[0].initial_weights if sets.members and not _overridden("init") else None
+    init = instantiate(cfg.init) if brought is None else FixedInit(weights=brought)
     network = build_network(cfg, data, init)
-    if isinstance(init, FixedInit):
-        check_weights(network, init)
     data.to(device)
     network.to(device)
-    learner = Learner(network, init, StoredUnroll(instantiate(cfg.inner)), data.preprocessing)
-    objective = instantiate(cfg.objective)
-    evaluation = Evaluation(learner, objective, data, workers, cfg.networks, cfg.split, cfg.per_step)
+    learner = Learner(network, init, StoredUnroll(instantiate(cfg.inner)), data.preprocessing, objective)
+    evaluation = Evaluation(learner, data, workers, cfg.networks, cfg.split, cfg.per_step)
     outcome = use(evaluation, sets)
     result = outcome.result
     if outcome.sets:
@@ -87,6 +94,8 @@ def evaluate(cfg: DictConfig) -> float:
         chosen = ", ".join(f"{k} {v}" for k, v in outcome.details["chosen"].items() if k not in ("validation", "test"))
         log.info(f"chosen: {chosen}; choosing on the test set would have brought {outcome.details['gap']:+.2f}")
     log.info(f"{cfg.split} accuracy over {count} value(s): {result} (95 % interval {low:.2f} to {high:.2f})")
+    for line in result.lines():
+        log.info(f"  {line}")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):
         log.info(f"  after {step} GD steps: {value:.2f} %")
     return result.mean
@@ -98,17 +107,6 @@ def digest(cfg: DictConfig) -> str:
     for key in ("processes", "device", "runs_dir", "traceback"):
         settings.pop(key)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_weights(network: torch.nn.Module, init: FixedInit) -> None:
-    """Refuses another architecture than that of the one network the data were distilled for."""
-    weights = init.weights(network)
-    own = {name: p.shape for name, p in network.named_parameters()}
-    if own != {name: w.shape for name, w in weights.items()}:
-        raise ValueError(
-            f"these data were distilled for one fixed network whose weights do not fit {type(network).__name__}; "
-            "give init=random to evaluate them on unseen networks"
-        )
 
 
 def _overridden(group: str) -> bool:
@@ -144,7 +142,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
         overrides += [
             f"{group}.{key}={_quoted(value)}"
             for key, value in entry.items()
-            if key in known and not key.startswith("_") and key not in ("data_dir", "weights") and _plain(value)
+            if key in known and not key.startswith("_") and key not in PLACES and _plain(value)
         ]
     composed = compose("evaluate", overrides=overrides + task)
     with open_dict(composed):

@@ -35,7 +35,6 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
     if finished is not None and finished["settings"] == settings:
         log.info(f"finished before: {overrides}")
         return finished["value"]
-    log.info(f"job {HydraConfig.get().job.num}: {overrides}")
     (folder / FAILED).unlink(missing_ok=True)
     try:
         value = task(cfg)

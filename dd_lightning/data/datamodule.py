@@ -1,5 +1,6 @@
 """The stream of real minibatches x_t (Algorithm 1, line 3)."""
 
+import copy
 from collections.abc import Iterator
 
 import pytorch_lightning as pl
@@ -59,6 +60,12 @@ class RealData(pl.LightningDataModule):
     def to(self, device: torch.device | str) -> None:
         """Moves all parts to the device on which minibatches are wanted."""
         self.train, self.validation, self.test = (p.to(device) for p in (self.train, self.validation, self.test))
+
+    def reseeded(self, seed: int) -> "RealData":
+        """The same pictures, shared, in another order."""
+        other = copy.copy(self)
+        other.seed, other._epoch_order = seed, None
+        return other
 
     @property
     def batches_per_epoch(self) -> int:
