@@ -147,9 +147,10 @@ class OneNetwork(Init):
     per_step = 1
 
     def __init__(self, per_step: int) -> None:
+        check_count(per_step=per_step)
         if per_step != 1:
             raise ValueError(
-                f"init.per_step is {per_step}, but a fixed init has one network; use per_step=1 or init=random"
+                f"init.per_step is {per_step}, but a fixed init has one network; use per_step=1 or another init"
             )
         self._weights: dict[str, Tensor] | None = None
 
@@ -224,7 +225,7 @@ class RandomPretrainedInit(Init):
         FileNotFoundError: there is no such population; the message names the command that makes it.
     """
 
-    def __init__(self, population: str, populations_dir: str = ".", per_step: int = 4, seed: int = 0) -> None:
+    def __init__(self, population: str | None, populations_dir: str = ".", per_step: int = 4, seed: int = 0) -> None:
         check_count(per_step=per_step)
         self.per_step, self.seed = per_step, seed
         self.population = find_population(population, populations_dir)
@@ -263,7 +264,7 @@ class FixedPretrainedInit(OneNetwork):
         FileNotFoundError: as in `RandomPretrainedInit`.
     """
 
-    def __init__(self, population: str, populations_dir: str = ".", index: int = 0, per_step: int = 1) -> None:
+    def __init__(self, population: str | None, populations_dir: str = ".", index: int = 0, per_step: int = 1) -> None:
         super().__init__(per_step)
         self.population = find_population(population, populations_dir)
         self._networks, self._index = TrainedNetworks(self.population, TRAIN), index

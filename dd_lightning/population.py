@@ -116,7 +116,7 @@ class Population:
         return found[: self.count(part)]
 
 
-def find_population(name: str, populations_dir: Path | str) -> Population:
+def find_population(name: str | None, populations_dir: Path | str) -> Population:
     """The population of this name.
 
     Args:
@@ -124,8 +124,10 @@ def find_population(name: str, populations_dir: Path | str) -> Population:
 
     Raises:
         FileNotFoundError: there is none; the message names the command that makes it.
-        ValueError: as in `Population`.
+        ValueError: no name was given, or as in `Population`.
     """
+    if not name:
+        raise ValueError("say which trained networks: init.population=NAME_OR_PATH")
     path = Path(name) if Path(name, "card.json").is_file() else Path(populations_dir, name)
     try:
         return Population(path)

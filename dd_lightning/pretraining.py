@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from dd_lightning.checks import check_count, check_positive
-from dd_lightning.data import RealData
+from dd_lightning.data import OwnMinibatches, RealData
 from dd_lightning.heldout import confusion
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import Weights, stack, training_without_dropout
@@ -62,6 +62,7 @@ def train(
     Returns:
         The trained weights.
     """
+    minibatch, per_epoch = OwnMinibatches(streams), streams[0].batches_per_epoch
     theta = {name: value.clone().requires_grad_() for name, value in weights.items()}
     # Elementwise, so that one Adam on the stacked weights is J Adams.
     betas = (recipe.betas[0], recipe.betas[1])
@@ -69,8 +70,8 @@ def train(
     with training_without_dropout(network):
         for epoch in range(recipe.epochs):
             optimizer.param_groups[0]["lr"] = recipe.lr * 0.5 ** (epoch // recipe.halve_every)
-            for step in range(epoch * streams[0].batches_per_epoch, (epoch + 1) * streams[0].batches_per_epoch):
-                images, labels = (torch.stack(part) for part in zip(*(s.minibatch(step) for s in streams), strict=True))
+            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+                images, labels = minibatch(step)
                 logits = forward_own(network, theta, images)
                 # The sum over networks of each network's mean: no network sees another's gradient.
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(streams)

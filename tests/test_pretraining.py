@@ -124,7 +124,7 @@ def test_going_on_after_an_interruption_gives_the_same_population(straight, run,
 
     monkeypatch.setattr(Population, "write", interrupted)
     code, error, _ = run("pretrain", *TOY, "name=again", "workers=1")
-    assert (code, error) == (1, "dd-pretrain: error: interrupted\n") or "interrupted" in error
+    assert (code, error) == (1, "dd-pretrain: error: interrupted")
     written.clear()
     code, error, _ = run("pretrain", *TOY, "name=again", "workers=1")
     assert (code, error) == (0, "")
