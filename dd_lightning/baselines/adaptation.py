@@ -61,12 +61,12 @@ class FewShotAdaptation:
         seed: of the order of the images and the discriminators' initial weights.
 
     Raises:
-        ValueError: a count below 1, or a rate or weight that is not positive.
+        ValueError: no source, a count below 1, or a rate or weight that is not positive.
     """
 
     def __init__(
         self,
-        source: ImageDataset,
+        source: ImageDataset | None,
         adversarial_weight: float = 0.2,
         discriminator_steps: int = 500,
         steps: int = 1000,
@@ -74,6 +74,8 @@ class FewShotAdaptation:
         learning_rate: float = 0.001,
         seed: int = 0,
     ) -> None:
+        if source is None:
+            raise ValueError("few-shot adaptation needs the networks' own data set: +dataset@source=NAME")
         check_count(discriminator_steps=discriminator_steps, steps=steps, batch_size=batch_size)
         check_positive(adversarial_weight=adversarial_weight, learning_rate=learning_rate)
         self.source, self.adversarial_weight, self.learning_rate = source, adversarial_weight, learning_rate
