@@ -75,7 +75,12 @@ def make_table(key: str, paper: dict[str, Any], runs: list[Run]) -> Table:
 def markdown(table: Table) -> str:
     """A GitHub table; a missing number names the command that makes it."""
     heads = [f"{title}: {part}" for title in table.rows.values() for part in ("here", "paper", "difference")]
-    lines = [f"**{table.number}.** {table.title}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = [
+        f"**{table.number}.** {table.title}",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
     for column, title in table.columns.items():
         of_column = [table.cells[row, column] for row in table.rows]
         texts = [(c.ours_text or f"`{c.command}`", c.paper_text, c.difference_text) for c in of_column]
