@@ -195,7 +195,7 @@ def _attack_words(entry: dict[str, Any], found: dict[tuple[str, str], Measured])
         if not of_found:
             continue
         texts = [
-            f"{entry['columns'][column]} {one.mean:.1f} % with {one.measure('attack_share') or 0:.1f} % of the attacked"
+            f"{entry['columns'][column]} {one.mean:.1f} % ({one.measure('attack_share') or 0:.1f} % of the attacked class moved)"
             for column, one in of_found.items()
         ]
         words.append(f"{of_row['title']}: " + ", ".join(texts) + ".")
