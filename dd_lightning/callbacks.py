@@ -95,13 +95,13 @@ class HeldOutEvaluation(Callback):
 
 
 @contextmanager
-def progress_of_networks(description: str, total: int, done: int = 0) -> Iterator[Any]:
+def progress_of_networks(description: str, total: int, done: int = 0, unit: str = "networks") -> Iterator[Any]:
     """A progress bar over networks, of which some may be done; yields the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("networks"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=get_console(), transient=True) as progress:

@@ -4,6 +4,7 @@ import ctypes
 import ctypes.util
 import logging
 import sys
+from functools import cache
 
 import torch
 from torch.backends import mkldnn
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
+@cache
 def tune_cpu() -> None:
     """Keeps freed memory for the next step, and lets oneDNN multiply matrices where that costs no precision."""
     keep_freed_memory()

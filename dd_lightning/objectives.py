@@ -21,6 +21,10 @@ class Objective(ABC):
     def measures(self, confusion: Confusion) -> Measures:
         """Of each network; the first one chooses checkpoints, and is what a command returns."""
 
+    def wanted(self, labels: Int[Tensor, "*images"]) -> Int[Tensor, "*images"]:
+        """What networks should predict for pictures of these labels."""
+        return labels
+
     def check(self, num_classes: int) -> None:  # noqa: B027
         """Refuses a data set that lacks a class of the objective.
 
@@ -68,8 +72,11 @@ class Poisoning(Classification):
                     f"objective: there is no {name} {getattr(self, name)} among the classes 0 to {num_classes - 1}"
                 )
 
+    def wanted(self, labels: Int[Tensor, "*images"]) -> Int[Tensor, "*images"]:
+        return labels.masked_fill(labels == self.attack_class, self.target_class)
+
     def __call__(self, logits: Float[Tensor, "init batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-        return super().__call__(logits, labels.masked_fill(labels == self.attack_class, self.target_class))
+        return super().__call__(logits, self.wanted(labels))
 
     def measures(self, confusion: Confusion) -> Measures:
         attacked = confusion[..., self.attack_class, :]

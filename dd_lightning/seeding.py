@@ -21,6 +21,7 @@ class Stream(IntEnum):
     DISTILLED = 5
     SPLIT = 6
     PRETRAINING = 7
+    BASELINE = 8
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from dd_lightning.cpu import tune_cpu
 from dd_lightning.data import RealData
 from dd_lightning.init import RandomInit
 from dd_lightning.population import Population
@@ -76,6 +77,7 @@ def _start(job: Job, done: Any) -> None:
     global _job, _done
     _job, _done = job, done
     torch.set_num_threads(1)
+    tune_cpu()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,6 @@ def write_population(path, network, image_shape, classes, networks=3, held_out=2
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
     """Runs a command in this process from a folder of its own; returns exit code, stderr and the run's folder."""
-    from dd_lightning.commands import bench, distill, evaluate, pretrain
-
     monkeypatch.chdir(tmp_path)
     for name in ("DD_TRACEBACK", "DD_DATA_DIR", "DD_POPULATIONS_DIR", "DD_RUNS_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -95,8 +94,7 @@ def run(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [f"dd-{command}", *overrides])
         before = set(Path("runs").glob("*/*"))
         try:
-            mains = {"distill": distill.main, "evaluate": evaluate.main, "bench": bench.main, "pretrain": pretrain.main}
-            mains[command]()
+            import_module(f"dd_lightning.commands.{command}").main()
             code, message = 0, ""
         except SystemExit as stop:
             code, message = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))

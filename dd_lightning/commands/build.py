@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from dd_lightning.baselines import Sets
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import Init
@@ -48,8 +49,24 @@ def build_objective(cfg: DictConfig, data: RealData) -> Objective:
     return objective
 
 
+def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = None) -> Sets:
+    """The distilled data, of which a baseline has several sets, with the labels that the objective asks for."""
+    made = instantiate(cfg.distilled, data=data)
+    if not isinstance(made, Sets):
+        return Sets([made])
+    return made if objective is None else made.relabelled(objective)
+
+
 def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:
-    return instantiate(cfg.distilled, data=data)
+    """The distilled data to start from; of a baseline the first set.
+
+    Raises:
+        ValueError: there are none, or they are candidates that only an evaluation can choose from.
+    """
+    sets = build_sets(cfg, data)
+    if sets.keep is not None or not sets.members:
+        raise ValueError("these distilled data are for dd-evaluate alone; start from distilled=random_real or kmeans")
+    return sets.members[0]
 
 
 def settings(cfg: DictConfig, group: str) -> dict[str, Any]:

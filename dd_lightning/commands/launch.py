@@ -14,6 +14,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dd_lightning.commands.sweep import run_job
 from dd_lightning.cpu import tune_cpu
 from dd_lightning.resolvers import register
 
@@ -45,17 +46,19 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
     """The entry point of a command.
 
     Bad input ends it with one line on stderr and exit code 1; `DD_TRACEBACK=1` or `debug=...` shows the traceback.
-    In a multirun the other jobs are run first.
+    In a multirun the other jobs are run first, and those that failed are listed.
     """
     program = f"dd-{config_name}"
 
     def run_task(cfg: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_job(task, cfg, one_line)
         try:
             return task(cfg)
         except Exception as error:
             if cfg.get("traceback"):
                 os.environ[TRACEBACK] = "1"
-            if os.environ.get(TRACEBACK) or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if os.environ.get(TRACEBACK):
                 raise
             sys.exit(f"{program}: error: {one_line(error)}")
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +37,16 @@ class AdjointUnroll(Unroll):
         if offload and not recompute:
             raise ValueError("offload=true stores weights alone, which needs recompute=true")
         self.batched, self.recompute, self.offload = batched, recompute, offload
-        self._gradients: WeakKeyDictionary[nn.Module, StepGradient] = WeakKeyDictionary()
+        self._last: tuple[nn.Module, StepGradient] | None = None  # an engine mostly meets one network
 
     def gradient(self, network: nn.Module, theta: Weights, images: Images) -> StepGradient:
         """∇ℓ of this network's J copies."""
-        if network not in self._gradients:
-            self._gradients[network] = self._choose(network, theta, images)
-        return self._gradients[network]
+        if self._last is None or self._last[0] is not network:
+            self._last = network, self._choose(network, theta, images)
+        return self._last[1]
+
+    def __reduce__(self) -> Any:  # to other processes, which trace the network again
+        return type(self), (self.optimizer, self.batched, self.recompute, self.offload)
 
     def _choose(self, network: nn.Module, theta: Weights, images: Images) -> StepGradient:
         if self.batched is not False:
