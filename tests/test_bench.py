@@ -17,7 +17,9 @@ def test_bench_times_every_engine(run):
     small = ("networks=[lenet]", "per_step.lenet=[2]", "steps=[2,3]", "repeats=1", "batch_size=8")
     code, error, folder = run("bench", *small)
     assert (code, error) == (0, "")
-    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    content = json.loads((folder / "bench.json").read_text())
+    rows, lightning = content["rows"], content["framework"]
+    assert all(lightning[part] > 0 for part in ("step", "data", "rest"))
     engines = {"higher", "functional", "batched", "batched_bfloat16", "recompute"}
     assert {(row["engine"], row["steps"]) for row in rows} == {(e, t) for e in engines for t in (2, 3)}
     for row in rows:
@@ -33,7 +35,7 @@ def test_running_out_of_memory_is_a_row(run, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(FunctionalUnroll, "__call__", full)
-    small = ("networks=[lenet]", "per_step.lenet=[1]", "steps=[1]", "repeats=1", "batch_size=8")
+    small = ("networks=[lenet]", "per_step.lenet=[1]", "steps=[1]", "repeats=1", "batch_size=8", "framework=false")
     code, _, folder = run("bench", *small)
     assert code == 0
     rows = {row["engine"]: row for row in json.loads((folder / "bench.json").read_text())["rows"]}
