@@ -166,14 +166,19 @@ def bench(cfg: DictConfig) -> None:
         for name, engine in cfg.engines.items()
     }
     settings = [(n, j, t) for n in cfg.networks for j in cfg.per_step[n] for t in cfg.steps]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    content: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "batch_size": cfg.batch_size,
+        "rows": rows,
+    }
     folder = Path(HydraConfig.get().runtime.output_dir)
     for network, per_step, steps in settings:
         title = f"{network}, J = {per_step}, T = {steps}"
         measured = measure(OuterStep(network, per_step, steps, cfg.batch_size, device), engines, cfg.repeats, title)
         get_console().print(table(measured, f"{title}, B = {cfg.batch_size}"))
         rows += [as_row(network, per_step, steps, name, m, measured) for name, m in measured.items()]
-        content = {"hardware": hardware(), "versions": versions(), "batch_size": cfg.batch_size, "rows": rows}
         write_json(folder / "bench.json", content)
     if cfg.framework:
         seconds = framework(cfg, device, folder)
