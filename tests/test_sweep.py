@@ -116,7 +116,7 @@ def environment():
 
 
 def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path):
-    jobs = ("-m", "distilled.learning_rate=0.1,0.2", "networks=30", "distilled.steps=2", "distilled.sets=8")
+    jobs = ("-m", "distilled.learning_rate=0.1,0.2", "networks=100", "distilled.steps=2", "distilled.sets=8")
     overrides = [o for o in SWEPT if not o.startswith(("networks", "distilled.s"))]
     command = [sys.executable, "-m", "dd_lightning.commands.evaluate", *jobs, *overrides]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as process:
@@ -125,17 +125,18 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    before = len(list(kept[0].parent.glob("set*.npz")))
-    assert before < 24
+    before = len(list(kept[0].parent.glob("networks*.npz")))
+    assert before < 10
     assert not list(tmp_path.rglob("result.json"))
     code = "import sys; from dd_lightning.baselines import evaluation as e\n"
-    code += "done, work = [], e._test\n"
+    code += "done, work = [], e.judge_sets\n"
     code += "def counted(*a):\n    done.append(1)\n    return work(*a)\n"
-    code += "e._test = counted\nfrom dd_lightning.commands import evaluate\nevaluate.main()\nprint('pieces', len(done))"
+    code += "e.judge_sets = counted\n"
+    code += "from dd_lightning.commands import evaluate\nevaluate.main()\nprint('pieces', len(done))"
     again = [sys.executable, "-c", code, *jobs, *overrides]
     out = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True).stdout
     assert len(list(tmp_path.rglob("result.json"))) == 2
-    assert int(out.split("pieces ")[1]) == 48 - before
+    assert int(out.split("pieces ")[1]) == 20 - before
 
 
 @pytest.mark.slow  # starts processes
