@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 class HeldOutEvaluation(Callback):
     """Trains unseen networks on the distilled data; tests them on validation pictures, at the end on the test set.
 
-    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %.
+    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %: of the objective's
+    first measure. Where the objective has more measures, `_before` and `_after` of each.
 
     Args:
         networks: unseen networks per evaluation while distilling (one, where the init is fixed).

@@ -115,6 +115,9 @@ def train_networks(
 
     Returns:
         The weights, and each network's accuracy in % on the test set.
+
+    Raises:
+        FloatingPointError: naming a network whose training diverged.
     """
     trained = []
     for start in range(indices.start, indices.stop, at_once):
@@ -125,6 +128,9 @@ def train_networks(
         weights = train(network, weights, streams, recipe, lambda share=share: on_epoch(share))
         trained.append(weights)
     weights = {name: torch.cat([chunk[name] for chunk in trained]) for name in trained[0]}
+    for row, index in enumerate(indices):
+        if not all(value[row].isfinite().all() for value in weights.values()):
+            raise FloatingPointError(f"the weights of network {index} are not finite; try a smaller recipe.lr")
     tested = confusion(network, weights, data.test, data.preprocessing)
     return weights, Classification().measures(tested)["accuracy"]
 

@@ -74,6 +74,21 @@ def test_a_network_that_cannot_be_batched_is_refused(data):
     check_batched(SmallNet(1, 12), RandomInit(), data)
 
 
+def test_a_network_that_diverges_is_refused_by_its_number(data):
+    with pytest.raises(FloatingPointError, match=r"network 3 are not finite; try a smaller recipe\.lr"):
+        train_networks(SmallNet(1, 12), RandomInit(), data, Recipe(1, 1e38, 1), range(3, 4))
+
+
+def test_running_out_of_memory_names_what_takes_less(data, run, monkeypatch):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("dd_lightning.workers.train_networks", full)
+    code, error, _ = run("pretrain", *TOY, "workers=1")
+    assert code == 1
+    assert "what is finished is kept; a smaller at_once, workers or batch_size takes less" in error
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

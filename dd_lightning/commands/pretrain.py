@@ -14,13 +14,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from dd_lightning.callbacks import progress_of_networks
+from dd_lightning.callbacks import is_out_of_memory, progress_of_networks
 from dd_lightning.checks import check_count
-from dd_lightning.commands.build import build_data, hardware, settings, versions
+from dd_lightning.commands.build import build_data, build_network, hardware, settings, versions
 from dd_lightning.commands.launch import command
 from dd_lightning.data import RealData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import check_network
 from dd_lightning.population import HELD_OUT, PARTS, TRAIN, Population, class_name
 from dd_lightning.pretraining import Recipe, check_batched
 from dd_lightning.workers import Job, train_shards
@@ -35,39 +34,55 @@ def pretrain(cfg: DictConfig) -> None:
     check_count(**{name: cfg[name] for name in ("at_once", "workers", "shard") if cfg[name] is not None})
     if cfg.seed == cfg.held_out_seed:
         raise ValueError(f"seed and held_out_seed are both {cfg.seed}: held-out networks must be other networks")
+    device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
+    workers = cfg.workers or (1 if device.type != "cpu" else torch.get_num_threads())
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # in every process, so that their number does not change the rounding
+    job = build_job(cfg, device)
+    size = cfg.shard or max(4, job.at_once)
+    shards = [shard for part in PARTS for shard in split(part, job.population.missing(part), size)]
+    missing = sum(len(indices) for _, indices in shards)
+    train_missing(job, shards, missing, min(workers, len(shards)))
+    if missing:
+        rate = 60 * missing / (time.monotonic() - started)
+        log.info(f"{missing} networks trained, {rate:.2f} a minute")
+    complete(job.population)
+    log.info(f"saved in {os.path.relpath(job.population.path)}")
+
+
+def build_job(cfg: DictConfig, device: torch.device) -> Job:
+    """The checked objects, and the population's folder with its card."""
     recipe: Recipe = instantiate(cfg.recipe)
     seeds = {TRAIN: cfg.seed, HELD_OUT: cfg.held_out_seed}
     inits = {part: RandomInit(cfg.scheme, cfg.gain, seed=seed) for part, seed in seeds.items()}
     data = build_data(cfg)
-    network = instantiate(cfg.network)
-    check_network(network, data.preprocessing.image_shape, data.num_classes)
-    inits[TRAIN].check(network, data.preprocessing.image_shape, data.num_classes)
-    population = open_population(Path(cfg.populations_dir, cfg.name), make_card(cfg, data, network, seeds))
-
-    device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type != "cpu"
-    at_once = cfg.at_once or (100 if on_gpu else 1)
-    workers = cfg.workers or (1 if on_gpu else torch.get_num_threads())
-    if not on_gpu:
-        torch.set_num_threads(1)  # in every process, so that their number does not change the rounding
+    network = build_network(cfg, data, inits[TRAIN])
+    at_once = cfg.at_once or (100 if device.type != "cpu" else 1)
     if at_once > 1:
         check_batched(network, inits[TRAIN], data)
+    card = make_card(cfg, data, network, seeds)
+    population = open_population(Path(cfg.populations_dir, card["name"]), card)
     data.to(device)
     network.to(device)
-    job = Job(population, network, inits, data, recipe, at_once)
-    shards = [shard for part in PARTS for shard in split(part, population.missing(part), cfg.shard or max(4, at_once))]
-    missing = sum(len(indices) for _, indices in shards)
-    total = cfg.networks + cfg.held_out_networks
+    return Job(population, network, inits, data, recipe, at_once)
+
+
+def train_missing(job: Job, shards: list[tuple[str, range]], missing: int, workers: int) -> None:
+    """Trains `missing` networks, shard by shard, with a progress bar over all of the population."""
+    total = sum(job.population.count(part) for part in PARTS)
     if missing < total:
         log.info(f"{total - missing} of {total} networks are there")
-    with progress_of_networks("training", total, total - missing) as advance:
-        for part, indices, accuracies in train_shards(job, shards, min(workers, len(shards)), advance):
-            log.info(f"{part} {indices.start} to {indices.stop - 1}: test accuracy {fmean(accuracies):.2f} %")
-    if missing:
-        rate = 60 * missing / (time.monotonic() - started)
-        log.info(f"{missing} networks trained, {rate:.2f} a minute")
-    complete(population)
-    log.info(f"saved in {os.path.relpath(population.path)}")
+    try:
+        with progress_of_networks("training", total, total - missing) as advance:
+            for part, indices, accuracies in train_shards(job, shards, workers, advance):
+                log.info(f"{part} {indices.start} to {indices.stop - 1}: test accuracy {fmean(accuracies):.2f} %")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory ({' '.join(str(error).split())[:120]}); what is finished is kept; "
+            "a smaller at_once, workers or batch_size takes less"
+        ) from error
 
 
 def make_card(cfg: DictConfig, data: RealData, network: nn.Module, seeds: dict[str, int]) -> dict[str, Any]:
@@ -77,7 +92,7 @@ def make_card(cfg: DictConfig, data: RealData, network: nn.Module, seeds: dict[s
     dataset.pop("data_dir", None)
     counts = {TRAIN: cfg.networks, HELD_OUT: cfg.held_out_networks}
     return {
-        "name": cfg.name,
+        "name": cfg.name or data.dataset.name,
         "dataset": {"choice": choices.get("dataset"), **dataset},
         "preprocessing": data.preprocessing.as_dict(),
         "classes": data.num_classes,
