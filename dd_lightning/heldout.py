@@ -146,16 +146,10 @@ def evaluate_held_out(
 
     mine: list[Measures] = []  # of each network, at every point
     for theta_0 in _chunks(islice(initial_weights, rank, None, world), chunk):
-        points = [judged(theta_0)]
-        theta = theta_0
-        for theta in unroll.trajectory(network, theta_0, distilled.steps()):
-            if per_step:
-                points.append(judged(theta))
-        if not per_step:
-            points.append(judged(theta))
-        stacked = {name: torch.stack([point[name] for point in points], dim=1).cpu() for name in points[0]}
-        mine += unstack(stacked)
-        on_progress(len(next(iter(stacked.values()))))
+        trajectory = unroll.trajectory(network, theta_0, distilled.steps())
+        points = judged_along(trajectory, judged, judged(theta_0), per_step)
+        mine += unstack(points)
+        on_progress(len(next(iter(points.values()))))
     gathered = [mine]
     if world > 1:
         gathered = [[] for _ in range(world)]
@@ -163,6 +157,19 @@ def evaluate_held_out(
     rows = [gathered[index % world][index // world] for index in range(sum(map(len, gathered)))]
     measures = stack(rows)
     return HeldOutResult(next(iter(measures.values())), measures)
+
+
+def judged_along(
+    trajectory: Iterable[Weights], judged: Callable[[Weights], Measures], before: Measures, per_step: bool
+) -> dict[str, Float[Tensor, "network point"]]:
+    """Measures of networks before training and after every GD step, or the last alone."""
+    points, theta = [before], None
+    for theta in trajectory:
+        if per_step:
+            points.append(judged(theta))
+    if theta is not None and not per_step:
+        points.append(judged(theta))
+    return {name: torch.stack([point[name] for point in points], dim=1).cpu() for name in before}
 
 
 def _chunks(many: Iterator[dict[str, Tensor]], size: int) -> Iterator[Weights]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dd_lightning.data import Preprocessing, RealData
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData
-from dd_lightning.heldout import HeldOutResult, confusion, evaluate_held_out
+from dd_lightning.heldout import HeldOutResult, confusion, judged_along
 from dd_lightning.init import Init
 from dd_lightning.networks import Weights, stack
 from dd_lightning.objectives import Measures, Objective
@@ -97,13 +97,9 @@ class Evaluation:
     def test(self, sets: Sequence[DistilledData]) -> HeldOutResult:
         """Every set on every network; the accuracies of all, set after set."""
         common = (self.networks, self.stream, self.pictures, self.per_step)
-        pieces = {
-            f"set{i}_networks{part.start}": (self.learner, one, part, *common)
-            for i, one in enumerate(sets)
-            for part in self.chunks(self.networks)
-        }
-        results = self.workers.map("testing", _test, pieces)
-        return held_out_result(results)
+        pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in self.chunks(self.networks)}
+        results = self.workers.map("testing", judge_sets, pieces)
+        return held_out_result({str(i): _of_set(i, results) for i in range(len(sets))})
 
     def best(self, sets: Sequence[DistilledData], keep: int | None) -> list[DistilledData]:
         """The `keep` best sets: on 20 networks other than the tested ones and 1,024 training pictures (Section S-1)."""
@@ -113,10 +109,10 @@ class Evaluation:
         chosen = torch.randperm(len(train), generator=generator(0, Stream.BASELINE))[:SCORE_PICTURES]
         chosen = chosen.to(train.labels.device)
         pictures = Pictures(train.images[chosen], train.labels[chosen])
-        common = (slice(0, SCORED), SCORED, Stream.HELD_OUT_VALIDATION, pictures, False)
-        pieces = {f"set{i}": (self.learner, one, *common) for i, one in enumerate(sets)}
-        results = self.workers.map("choosing sets", _test, pieces)
-        means = [held_out_result({name: result}).mean for name, result in results.items()]
+        common = (SCORED, Stream.HELD_OUT_VALIDATION, pictures, False)
+        pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in self.chunks(SCORED, 5)}
+        results = self.workers.map("choosing sets", judge_sets, pieces)
+        means = [held_out_result({"": _of_set(i, results)}).mean for i in range(len(sets))]
         return [sets[i] for i in sorted(np.argsort(means)[::-1][:keep])]
 
 
@@ -131,29 +127,34 @@ def numpy(measures: Measures) -> Result:
     return {name: values.cpu().numpy() for name, values in measures.items()}
 
 
-def _test(
+def judge_sets(
     learner: Learner,
-    distilled: DistilledData,
+    sets: Sequence[DistilledData],
     part: slice,
     networks: int,
     stream: Stream,
     pictures: Pictures,
     per_step: bool,
 ) -> Result:
-    weights = learner.held_out(networks, stream, part)
-    to = distilled.to(pictures.labels.device)
-    result = evaluate_held_out(
-        learner.network,
-        weights,
-        to,
-        pictures,
-        learner.preprocessing,
-        learner.unroll,
-        per_step,
-        learner.objective,
-        CHUNK,
-    )
-    return numpy(result.measures)
+    """Unseen networks trained on each set.
+
+    Returns:
+        Each measure in %, [set, network, point].
+    """
+    theta_0 = stack(list(learner.held_out(networks, stream, part)))
+    before = learner.judged(theta_0, pictures)  # whatever the set
+    points = []
+    for one in sets:
+        steps = one.to(pictures.labels.device).steps()
+        trajectory = learner.unroll.trajectory(learner.network, theta_0, steps, differentiable=False)
+        points.append(judged_along(trajectory, lambda theta: learner.judged(theta, pictures), before, per_step))
+    return numpy(stack(points))
+
+
+def _of_set(index: int, results: dict[str, Result]) -> Result:
+    """One set's measures of the networks of all pieces, [network, point]."""
+    names = next(iter(results.values()))
+    return {name: np.concatenate([result[name][index] for result in results.values()]) for name in names}
 
 
 def measures_along(

@@ -72,7 +72,7 @@ class Grid:
         epochs: Sequence[int],
         outer_steps: int = 100,
         step_size: float = 0.1,
-        pictures: int = 1000,
+        pictures: int = 500,
         least_attack_share: float = 10.0,
     ) -> None:
         check_count(outer_steps=outer_steps, pictures=pictures, **{f"epochs[{i}]": e for i, e in enumerate(epochs)})

@@ -55,7 +55,8 @@ def distilled_images(key: str, entry: dict[str, Any], runs: list[Run]) -> Figure
         return Figure(key, entry["number"], entry["title"], claim, "There is no run.", commands=[command])
     run = of_name[0]
     distilled = DistilledData.load(run.folder)
-    reached = f"{run.test['accuracy_before']:.2f} → {number(run.test['accuracy_mean'], run.test['accuracy_std'])} %"
+    after = Measured([run])
+    reached = f"{run.test['accuracy_before']:.1f} → {number(after.mean, after.std)} %"
     drawing = picture(distilled, Preprocessing(**distilled.card["preprocessing"]), reached)
     steps, batch = distilled.labels.shape
     words = (
@@ -195,10 +196,10 @@ def _attack_words(entry: dict[str, Any], found: dict[tuple[str, str], Measured])
         if not of_found:
             continue
         texts = [
-            f"{entry['columns'][column]} {one.mean:.1f} % ({one.measure('attack_share') or 0:.1f} % of the attacked class moved)"
+            f"{entry['columns'][column]} {one.mean:.1f} %, moving {one.measure('attack_share') or 0:.1f} % of the class"
             for column, one in of_found.items()
         ]
-        words.append(f"{of_row['title']}: " + ", ".join(texts) + ".")
+        words.append(f"{of_row['title']}: " + "; ".join(texts) + ".")
         baselines = [one.mean for column, one in of_found.items() if column != "ours"]
         if "ours" in of_found and baselines:
             above = of_found["ours"].mean - max(baselines)
