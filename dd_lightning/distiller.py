@@ -5,16 +5,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dd_lightning.data.datamodule import Batch
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import predict
+from dd_lightning.networks import predict, stack, unstack
 from dd_lightning.objectives import Classification
+from dd_lightning.processes import check_same
 from dd_lightning.unroll import Unroll
 
 
@@ -70,15 +73,36 @@ class DatasetDistiller(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
-        theta_0 = self.init.sample(self.network, step=self.global_step)  # line 4
-        theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
-        loss = self.objective(predict(self.network, theta_T, images), labels)  # line 7
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        theta_0 = self.init.sample(self.network, self.global_step, self.global_rank, self.trainer.world_size)  # line 4
+        parts = [theta_0] if getattr(self.unroll, "batched", False) else [stack([one]) for one in unstack(theta_0)]
+        self._copies = [self._copy() for _ in parts]
+        loss = torch.zeros((), device=self.device)
+        for part, distilled in zip(parts, self._copies, strict=True):
+            theta_T = self.unroll(self.network, part, distilled.steps())  # line 6, Eq. (9)
+            share = len(next(iter(part.values()))) / self.init.per_step
+            loss = loss + share * self.objective(predict(self.network, theta_T, images), labels)  # line 7
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, reduce_fx="sum")
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
 
+    def _copy(self) -> DistilledData:
+        copy = self.distilled.detach()
+        copy.images.requires_grad_()
+        copy.raw_learning_rates.requires_grad_()
+        return copy
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The gradient with respect to the distilled data, of all processes together.
+
+        Networks that are unrolled one by one have a copy of the data each, whose gradients are added in double
+        precision: then the sum does not depend on which process unrolled which, not even in its last bit.
+        """
         # Of the leaves only the distilled data: the gradient of θ₀ would cost one more Hessian-vector product.
-        loss.backward(inputs=[self.images, self.raw_learning_rates])
+        loss.backward(inputs=[leaf for copy in self._copies for leaf in (copy.images, copy.raw_learning_rates)])
+        for name, parameter in self.named_parameters():
+            gradients = [getattr(copy, name).grad for copy in self._copies]
+            wide = parameter.dtype if parameter.device.type == "mps" else torch.float64
+            total = torch.stack(gradients).sum(0, dtype=wide)
+            parameter.grad = self.trainer.strategy.reduce(total, reduce_op="sum").to(parameter.dtype)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer([{"params": [self.images]}, {"params": [self.raw_learning_rates]}])
@@ -93,6 +117,9 @@ class DatasetDistiller(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.network.to(self.device)
+        check_same(self.trainer, self._config)
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_backward_grad_sync = False  # `backward` does it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dd_config"] = self._config

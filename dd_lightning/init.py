@@ -54,9 +54,9 @@ class RandomInit:
                 raise ValueError("scheme default has no gain; leave gain=null or choose another scheme")
         self.scheme, self.gain, self.per_step, self.seed = scheme, gain, per_step, seed
 
-    def sample(self, network: nn.Module, step: int) -> Weights:
-        """θ₀⁽ʲ⁾ for j = 1…J at an outer step (Algorithm 1, line 4)."""
-        return stack([self._draw(network, Stream.INIT, step, j) for j in range(self.per_step)])
+    def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
+        """θ₀⁽ʲ⁾ for j = 1…J at an outer step (Algorithm 1, line 4); process `rank` of `world` takes its share."""
+        return stack([self._draw(network, Stream.INIT, step, j) for j in range(rank, self.per_step, world)])
 
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
         """`count` networks that no outer step ever samples."""

@@ -3,18 +3,17 @@
 import logging
 import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import HeldOutEvaluation, LastGood, is_out_of_memory, log_picture
@@ -23,7 +22,12 @@ from dd_lightning.commands.build import build_data, build_distilled, build_netwo
 from dd_lightning.commands.launch import command
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import FixedInit
+from dd_lightning.interruption import interrupted_at_once
+from dd_lightning.locking import locked
+from dd_lightning.loggers import CSVLogger, wandb_logger
 from dd_lightning.picture import draw
+from dd_lightning.processes import check_processes, check_strategy, is_lost_process, rank, started_alike
+from dd_lightning.resuming import AtomicCheckpointIO, ResumeCheckpoint, load_checkpoint, newest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +41,17 @@ def distill(cfg: DictConfig) -> float:
     Returns:
         Mean held-out test accuracy in %.
     """
-    started = time.monotonic()
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_writable(folder)
+    with alone(folder), started_alike(folder):
+        return run(cfg, folder)
+
+
+def run(cfg: DictConfig, folder: Path) -> float:
+    """One run, new or going on, in `folder`."""
     check_count(**{"trainer.max_steps": cfg.trainer.max_steps})
     check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
+    check_strategy(cfg.trainer.strategy)
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
     init = instantiate(cfg.init)
@@ -61,14 +71,26 @@ def distill(cfg: DictConfig) -> float:
         cfg.rate_scale,
         computed_from(cfg),
     )
-    checkpoint = find_checkpoint(cfg.resume)
-    loggers = build_loggers(cfg)
+    checkpoint = find_checkpoint(cfg.resume, folder)
+    step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=str(folder))
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=build_loggers(cfg, folder, step) or False,
+        default_root_dir=str(folder),
+        plugins=[AtomicCheckpointIO()],
+    )
+    check_processes(trainer, init)
+    if checkpoint and rank() == 0:
+        log.info(f"going on from outer step {step} of {os.path.relpath(folder)} (resume=null starts a new run)")
     try:
-        trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        return finish(cfg, trainer, distiller, data, folder, time.monotonic() - started)
+        with interrupted_at_once("outside of an outer step; the same command goes on"):
+            trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            return finish(cfg, trainer, distiller, data, folder)
     except Exception as error:
+        if is_lost_process(error):
+            raise ConnectionError("another process of this run ended; the same command goes on") from error
         if not is_out_of_memory(error):
             raise
         kept = next((c.kept(trainer) for c in callbacks if isinstance(c, LastGood)), "nothing was kept")
@@ -81,21 +103,29 @@ def distill(cfg: DictConfig) -> float:
             sys.modules["wandb"].finish()
 
 
-def build_loggers(cfg: DictConfig) -> list[Any]:
-    """The configured loggers; W&B gets the whole configuration with its constructor."""
-    composed = OmegaConf.to_container(cfg, resolve=True)
+def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Any]:
+    """The configured loggers, which go on after outer step `step`."""
     loggers = [instantiate(logger, _partial_=True) for logger in (cfg.logger or {}).values()]
-    return [logger(config=composed) if logger.func is WandbLogger else logger() for logger in loggers]
+    made = []
+    for logger in loggers:
+        if logger.func is WandbLogger:
+            made.append(wandb_logger(logger, OmegaConf.to_container(cfg, resolve=True), folder))
+        elif logger.func is TensorBoardLogger:
+            made.append(logger(purge_step=step + 1) if step else logger())
+        else:
+            made.append(logger())
+        if isinstance(made[-1], CSVLogger) and rank() == 0:
+            made[-1].rewind(step)
+    return made
 
 
-def finish(
-    cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, data: Any, folder: Path, fitted: float
-) -> float:
+def finish(cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, data: Any, folder: Path) -> float:
     """Chooses the best distilled data by validation, tests them once, and writes the results."""
     device = trainer.strategy.root_device
     validation = load_best(trainer, distiller)
     distiller.to(device)
     distiller.network.to(device)
+    data.to(device)
     held_out = next((c for c in trainer.callbacks if isinstance(c, HeldOutEvaluation)), HeldOutEvaluation())  # type: ignore[attr-defined]
     result = held_out.test(distiller, distiller.distilled.detach(), data)
     distilled = replace(
@@ -114,7 +144,7 @@ def finish(
             "validation_accuracy_mean": validation,
             "learning_rates": distilled.learning_rates.tolist(),
             "outer_steps": trainer.global_step,
-            "seconds_distilling": fitted,
+            "seconds_distilling": next((c.seconds for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None),  # type: ignore[attr-defined]
             "hardware": hardware(),
             "expected": cfg.get("expected"),
             "card": distilled.card,
@@ -133,21 +163,16 @@ def finish(
 
 
 def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
-    """Leaves in the module whichever is best in held-out validation accuracy: the checkpoint or what it holds.
+    """Leaves in the module the distilled data of the best held-out validation accuracy.
 
     Returns:
         That accuracy in %, if there was an evaluation.
     """
-    last = trainer.callback_metrics.get("heldout/accuracy_mean")
-    last = None if last is None else float(last)
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path and callback.best_model_score is not None:
-            best = float(callback.best_model_score)
-            if last is None or best > last:
-                saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-                distiller.load_state_dict(saved["state_dict"])
-                return best
-    return last
+    best = next((c.best for c in trainer.callbacks if isinstance(c, HeldOutEvaluation)), None)  # type: ignore[attr-defined]
+    if best is None:
+        return None
+    distiller.load_state_dict(best["distilled"])
+    return best["accuracy"]
 
 
 def computed_from(cfg: DictConfig) -> dict[str, Any]:
@@ -161,20 +186,41 @@ def computed_from(cfg: DictConfig) -> dict[str, Any]:
     return flat
 
 
-def find_checkpoint(resume: str | None) -> str | None:
-    """The checkpoint to go on from: a file, or the last one of a run's folder."""
+def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        resume: a file, a run's folder, `auto` for the run in `folder`, or None.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none where `resume` says, or it cannot be read.
+    """
     if resume is None:
         return None
-    path = Path(resume)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+    path = folder if resume == "auto" else Path(resume)
+    if path.is_file():
+        load_checkpoint(path)
+        return path
+    found = newest_checkpoint(path / "checkpoints")
+    if found is None and resume != "auto":
         raise FileNotFoundError(f"resume={resume}: there is no checkpoint at {path}")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"resume={resume}: {path} is truncated or not a checkpoint") from error
-    return str(path)
+    return found
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuses to work in a folder in which another process does.
+
+    Raises:
+        ValueError: the run is going on already.
+    """
+    with ExitStack() as stack:
+        if rank() == 0:
+            try:
+                stack.enter_context(locked(folder / ".lock"))
+            except BlockingIOError as error:
+                raise ValueError(f"this run is going on already in {folder}; resume=null starts another") from error
+        yield
 
 
 def check_writable(folder: Path) -> None:

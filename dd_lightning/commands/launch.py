@@ -1,5 +1,6 @@
 """What every command shares: where its configuration lies, and errors in one line."""
 
+import logging
 import os
 import sys
 import warnings
@@ -14,6 +15,8 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dd_lightning.interruption import Interrupted, interrupted_at_once
+from dd_lightning.processes import rank
 from dd_lightning.resolvers import register
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -44,11 +47,13 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
     """The entry point of a command.
 
     Bad input ends it with one line on stderr and exit code 1; `DD_TRACEBACK=1` or `debug=...` shows the traceback.
-    In a multirun the other jobs are run first.
+    In a multirun the other jobs are run first. A signal ends it with one line, too, and the exit code that shells use.
     """
-    program = f"dd-{config_name}"
+    program = f"dd-{config_name}" + (f" (process {rank()})" if rank() else "")
 
     def run_task(cfg: DictConfig) -> Any:
+        if rank():
+            logging.getLogger().setLevel(logging.WARNING)  # the first process says it
         try:
             return task(cfg)
         except Exception as error:
@@ -64,8 +69,14 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
             os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
+        logging.raiseExceptions = bool(os.environ.get(TRACEBACK))  # e.g. where the disk of the log file is full
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run_task)()
+            with interrupted_at_once():
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run_task)()
+        except Interrupted as stop:
+            if rank() == 0:
+                print(f"{program}: {stop.message}", file=sys.stderr)
+            sys.exit(stop.code)
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise
