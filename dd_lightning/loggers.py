@@ -57,7 +57,8 @@ class CSVLogger(lightning.CSVLogger):
             reader = csv.DictReader(file)
             keys = list(reader.fieldnames or [])
             whole = (row for row in reader if None not in row.values())  # the last may have been cut
-            rows = [row for row in whole if step and int(row["step"]) <= step]
+            # Lightning numbers the steps of its own metrics from 0, the others count those done.
+            rows = [row for row in whole if step and int(row["step"]) + bool(row.get("train/loss")) <= step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, keys)
         writer.writeheader()

@@ -70,7 +70,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def check_strategy(strategy: str) -> None:
+def check_strategy(strategy: object) -> None:
     """Refuses, by name, strategies that cannot distil.
 
     Raises:
@@ -78,6 +78,8 @@ def check_strategy(strategy: str) -> None:
     """
     if strategy in ("auto", "ddp"):
         return
+    if not isinstance(strategy, str):
+        raise ValueError(f"trainer.strategy must be auto or ddp, not {strategy!r}")
     if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         reason = "splits the parameters of large models, but here they are a few images; init.per_step is split instead"
     elif strategy.startswith("ddp"):

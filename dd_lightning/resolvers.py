@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-import re
 import time
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
+
+from dd_lightning.checks import check_name
 
 RUN_FOLDER = "DD_RUN_FOLDER"  # of this run, in the environment of the processes that it starts
 NOT_COMPUTED_FROM = ("hydra", "resume", "traceback")
@@ -32,8 +33,9 @@ def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
     """
     if RUN_FOLDER in os.environ:
         return os.environ[RUN_FOLDER]
-    if not re.fullmatch(r"\w[\w .+=-]*", str(_root_.get("name"))):
-        raise ValueError(f"name must be letters, digits and any of ' .+=-_', not {_root_.get('name')!r}")
+    check_name(name=_root_.get("name"))
+    if resume is not None and not isinstance(resume, str):
+        raise ValueError(f"resume must be auto, null, or a run's folder or checkpoint, not {resume!r}")
     if resume != "auto":
         return resume if resume is not None and Path(resume, "checkpoints").is_dir() else new
     ending = fingerprint(_root_)

@@ -55,6 +55,7 @@ class ResumeCheckpoint(Checkpoint):
         self._stopping = 0  # of the one that all processes know of
         self.seconds = 0.0  # spent distilling, in this and all earlier processes of the run
         self._now = self._saved = time.monotonic()
+        self._unpublished: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -80,25 +81,29 @@ class ResumeCheckpoint(Checkpoint):
         if self._stopping or late or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer)
 
-    # Between the end of one outer step and the start of the next, Lightning logs the step's metrics.
+    # Only after the end of an outer step does Lightning log its metrics, which must be on the disk before a run goes on
+    # from there.
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._stop_if_asked(trainer)
+        self._publish(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_if_asked(trainer)
+        self._publish(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.save()
-        trainer.save_checkpoint(self.dirpath / f"last-{trainer.global_step:06d}.ckpt")
+        self._unpublished = self.dirpath / f".last-{trainer.global_step:06d}.ckpt"
+        trainer.save_checkpoint(self._unpublished)
         self._saved = self._now
-        if trainer.is_global_zero:
+
+    def _publish(self, trainer: pl.Trainer) -> None:
+        if self._unpublished and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
+            self._unpublished.replace(self.dirpath / self._unpublished.name.removeprefix("."))
             for old in checkpoints(self.dirpath)[KEPT:]:
                 old.unlink(missing_ok=True)
-
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        self._unpublished = None
         if self._stopping:
             raise Interrupted(
                 self._stopping, f"and saved after outer step {trainer.global_step}; the same command goes on from there"
@@ -150,6 +155,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is truncated or not a checkpoint") from error

@@ -1,5 +1,6 @@
 """dd-distill: Algorithm 1 on a composed configuration."""
 
+import errno
 import logging
 import os
 import sys
@@ -17,9 +18,10 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import HeldOutEvaluation, LastGood, is_out_of_memory, log_picture
-from dd_lightning.checks import check_count, check_positive
+from dd_lightning.checks import check_count, check_positive, check_whole
 from dd_lightning.commands.build import build_data, build_distilled, build_network, hardware, make_card, settings
-from dd_lightning.commands.launch import command
+from dd_lightning.commands.launch import check_resolved, command, named
+from dd_lightning.data import RealData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import FixedInit
 from dd_lightning.interruption import interrupted_at_once
@@ -30,6 +32,8 @@ from dd_lightning.processes import check_processes, check_strategy, is_lost_proc
 from dd_lightning.resuming import AtomicCheckpointIO, ResumeCheckpoint, load_checkpoint, newest_checkpoint
 
 log = logging.getLogger(__name__)
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # A run may go on from a checkpoint only if these agree: they decide what is computed.
 COMPUTED_FROM = ("dataset", "network", "init", "objective", "inner", "distilled", "optimizer", "schedule")
@@ -49,16 +53,20 @@ def distill(cfg: DictConfig) -> float:
 
 def run(cfg: DictConfig, folder: Path) -> float:
     """One run, new or going on, in `folder`."""
+    check_resolved(cfg)
+    check_whole(seed=cfg.seed)
     check_count(**{"trainer.max_steps": cfg.trainer.max_steps})
     check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
     check_strategy(cfg.trainer.strategy)
+    check_inside(folder, cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
     init = instantiate(cfg.init)
     network = build_network(cfg, data, init)
     distilled = build_distilled(cfg, data)
     unroll = instantiate(cfg.unroll)
-    unroll.check(network, init.sample(network, step=0), distilled.images[0])
+    with named("unroll"):
+        unroll.check(network, init.sample(network, step=0), distilled.images[0])
     weights = init.weights(network) if isinstance(init, FixedInit) else None
     distiller = DatasetDistiller(
         replace(distilled, card=make_card(cfg, data), initial_weights=weights),
@@ -69,8 +77,10 @@ def run(cfg: DictConfig, folder: Path) -> float:
         instantiate(cfg.optimizer),
         instantiate(cfg.schedule),
         cfg.rate_scale,
-        computed_from(cfg),
+        computed_from(cfg, data),
     )
+    with named("optimizer, schedule"):
+        distiller.configure_optimizers()
     checkpoint = find_checkpoint(cfg.resume, folder)
     step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
@@ -91,6 +101,11 @@ def run(cfg: DictConfig, folder: Path) -> float:
     except Exception as error:
         if is_lost_process(error):
             raise ConnectionError("another process of this run ended; the same command goes on") from error
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise OSError(
+                f"cannot write to {folder} ({error.strerror}) at outer step {trainer.global_step}; "
+                "once there is room, the same command goes on from the last checkpoint"
+            ) from error
         if not is_out_of_memory(error):
             raise
         kept = next((c.kept(trainer) for c in callbacks if isinstance(c, LastGood)), "nothing was kept")
@@ -105,18 +120,20 @@ def run(cfg: DictConfig, folder: Path) -> float:
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Any]:
     """The configured loggers, which go on after outer step `step`."""
-    loggers = [instantiate(logger, _partial_=True) for logger in (cfg.logger or {}).values()]
-    made = []
-    for logger in loggers:
-        if logger.func is WandbLogger:
-            made.append(wandb_logger(logger, OmegaConf.to_container(cfg, resolve=True), folder))
-        elif logger.func is TensorBoardLogger:
-            made.append(logger(purge_step=step + 1) if step else logger())
-        else:
-            made.append(logger())
-        if isinstance(made[-1], CSVLogger) and rank() == 0:
-            made[-1].rewind(step)
-    return made
+    loggers = []
+    for name, settings_of in (cfg.logger or {}).items():
+        make = instantiate(settings_of, _partial_=True)
+        with named(f"logger.{name}"):
+            if make.func is WandbLogger:
+                logger = wandb_logger(make, OmegaConf.to_container(cfg, resolve=True), folder)
+            elif make.func is TensorBoardLogger and step:
+                logger = make(purge_step=step + 1)
+            else:
+                logger = make()
+        if isinstance(logger, CSVLogger) and rank() == 0:
+            logger.rewind(step)
+        loggers.append(logger)
+    return loggers
 
 
 def finish(cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, data: Any, folder: Path) -> float:
@@ -175,15 +192,15 @@ def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
     return best["accuracy"]
 
 
-def computed_from(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat."""
+def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat, and the real data."""
     flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
     for group in COMPUTED_FROM:
         if cfg[group] is not None:
             flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
             flat[f"{group}._target_"] = cfg[group].get("_target_")
     flat.pop("dataset.data_dir", None)
-    return flat
+    return flat | {"dataset.content": data.content}
 
 
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
@@ -221,6 +238,20 @@ def alone(folder: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 raise ValueError(f"this run is going on already in {folder}; resume=null starts another") from error
         yield
+
+
+def check_inside(folder: Path, cfg: DictConfig) -> None:
+    """Refuses callbacks and loggers that would write outside the run's folder.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for group in ("callbacks", "logger"):
+        for name, settings_of in (cfg[group] or {}).items():
+            for key in ("dirpath", "save_dir", "filename", "version"):
+                value = (settings_of or {}).get(key)
+                if isinstance(value, str) and not (folder / value).resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{group}.{name}.{key}={value} lies outside the run's folder {folder}")
 
 
 def check_writable(folder: Path) -> None:

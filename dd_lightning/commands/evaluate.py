@@ -25,6 +25,9 @@ from dd_lightning.unroll import StoredUnroll
 
 log = logging.getLogger(__name__)
 
+# Settings that a card has no say in: where files lie, and what is run.
+NOT_OF_CARD = ("data_dir", "source", "weights")
+
 
 def evaluate(cfg: DictConfig) -> float:
     """Tests unseen networks trained on distilled data.
@@ -126,7 +129,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
         overrides += [
             f"{group}.{key}={_quoted(value)}"
             for key, value in entry.items()
-            if key in known and not key.startswith("_") and key not in ("data_dir", "weights") and _plain(value)
+            if key in known and not key.startswith("_") and key not in NOT_OF_CARD and _plain(value)
         ]
     composed = compose("evaluate", overrides=overrides + task)
     with open_dict(composed):

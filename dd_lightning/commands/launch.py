@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dd_lightning.interruption import Interrupted, interrupted_at_once
 from dd_lightning.processes import rank
@@ -28,19 +32,67 @@ TRACEBACK = "DD_TRACEBACK"
 register()
 
 
+# Errors whose messages are for users.
+EXPECTED = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+
+
 def one_line(error: BaseException) -> str:
     """An error as a user reads it: the innermost message, with the config key where Hydra knows it."""
     prefix = ""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
-        prefix = f"{key}: " if key else prefix
+        prefix = _key(error) or prefix
         error = error.__cause__
     # Hydra lists the valid options one a line, indented, and then where it searched.
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
-    message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
-    if not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | HydraException):
+    lines = [line.strip() for line in text.splitlines()]
+    message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
+    prefix = _key(error) or prefix
+    if not prefix and not isinstance(error, EXPECTED):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors in the block, which uses a setting for the first time, name it.
+
+    Raises:
+        ValueError: beginning with `key`.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{key}: {one_line(error)}") from error
+
+
+def check_resolved(cfg: DictConfig) -> None:
+    """Refuses a configuration in which a value is missing or cannot be interpolated.
+
+    Raises:
+        ValueError: naming its key.
+    """
+    for key in cfg:
+        full_key = cfg._get_full_key(key)
+        try:
+            value = cfg[key]
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{full_key}: {str(error).partition(chr(10))[0]}") from error
+        if isinstance(value, DictConfig):
+            check_resolved(value)
+
+
+def _key(error: BaseException) -> str:
+    """The config key that Hydra or OmegaConf names in their messages' last lines."""
+    found = re.search(r"^\s*full_key: (\S+)$", str(error), re.MULTILINE)
+    return f"{found[1]}: " if found else ""
 
 
 def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from dd_lightning.archives import check_arrays
 from dd_lightning.atomic import write_bytes
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -47,6 +48,7 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
     if not path.is_file():
         raise FileNotFoundError(f"there is no packed data set at {path}")
     try:
+        check_arrays(path)
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file]
             if missing:
