@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dd_lightning.checks import check_choice, check_count, check_positive, check_whole
+from dd_lightning.checks import check_choice, check_count, check_positive
 from dd_lightning.networks import Weights, stack
 from dd_lightning.seeding import Stream, derive_seed
 
@@ -48,7 +48,6 @@ class RandomInit:
     ) -> None:
         check_choice("scheme", scheme, [*SCHEMES, DEFAULT])
         check_count(per_step=per_step)
-        check_whole(seed=seed)
         if gain is not None:
             check_positive(gain=gain)
             if scheme == DEFAULT:

@@ -11,7 +11,7 @@ from dd_lightning.atomic import atomic_path
 from dd_lightning.data.datasets import Preprocessing
 from dd_lightning.distilled import DistilledData
 
-COLUMNS, IMAGES = 20, 400  # more would take minutes to draw, and could not be seen
+COLUMNS, IMAGES = 20, 200  # more would take minutes to draw, and could not be seen
 
 
 def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = "") -> Figure:

@@ -30,6 +30,7 @@ from dd_lightning.loggers import CSVLogger, wandb_logger
 from dd_lightning.picture import draw
 from dd_lightning.processes import check_processes, check_strategy, is_lost_process, rank, started_alike
 from dd_lightning.resuming import AtomicCheckpointIO, ResumeCheckpoint, load_checkpoint, newest_checkpoint
+from dd_lightning.unroll import InnerOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def distill(cfg: DictConfig) -> float:
 
 def run(cfg: DictConfig, folder: Path) -> float:
     """One run, new or going on, in `folder`."""
-    check_resolved(cfg)
     check_whole(seed=cfg.seed)
-    check_count(**{"trainer.max_steps": cfg.trainer.max_steps})
+    check_count(**{"trainer.max_steps": cfg.trainer.max_steps, "trainer.num_nodes": cfg.trainer.num_nodes})
+    check_resolved(cfg)
     check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
     check_strategy(cfg.trainer.strategy)
     check_inside(folder, cfg)
@@ -66,6 +67,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     distilled = build_distilled(cfg, data)
     unroll = instantiate(cfg.unroll)
     with named("unroll"):
+        if not isinstance(unroll.optimizer, InnerOptimizer):
+            raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
         unroll.check(network, init.sample(network, step=0), distilled.images[0])
     weights = init.weights(network) if isinstance(init, FixedInit) else None
     distiller = DatasetDistiller(
@@ -79,8 +82,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         cfg.rate_scale,
         computed_from(cfg, data),
     )
-    with named("optimizer, schedule"):
-        distiller.configure_optimizers()
+    check_outer(distiller)
     checkpoint = find_checkpoint(cfg.resume, folder)
     step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
@@ -252,6 +254,19 @@ def check_inside(folder: Path, cfg: DictConfig) -> None:
                 value = (settings_of or {}).get(key)
                 if isinstance(value, str) and not (folder / value).resolve().is_relative_to(folder.resolve()):
                     raise ValueError(f"{group}.{name}.{key}={value} lies outside the run's folder {folder}")
+
+
+def check_outer(distiller: DatasetDistiller) -> None:
+    """Takes an outer step without a gradient, so that settings which torch refuses only then are refused at once.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    with named("optimizer, schedule"):
+        made = distiller.configure_optimizers()
+        if isinstance(made, dict):
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
 
 
 def check_writable(folder: Path) -> None:

@@ -44,9 +44,8 @@ EXPECTED = (
 )
 
 
-def one_line(error: BaseException) -> str:
-    """An error as a user reads it: the innermost message, with the config key where Hydra knows it."""
-    prefix = ""
+def one_line(error: BaseException, prefix: str = "") -> str:
+    """An error as a user reads it: the innermost message, with the config key where it is known."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         prefix = _key(error) or prefix
         error = error.__cause__
@@ -70,7 +69,7 @@ def named(key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{key}: {one_line(error)}") from error
+        raise ValueError(one_line(error, f"{key}: ")) from error
 
 
 def check_resolved(cfg: DictConfig) -> None:
@@ -87,6 +86,16 @@ def check_resolved(cfg: DictConfig) -> None:
             raise ValueError(f"{full_key}: {str(error).partition(chr(10))[0]}") from error
         if isinstance(value, DictConfig):
             check_resolved(value)
+
+
+def with_overrides(message: str, overrides: list[str]) -> str:
+    """The message, and what the command line says of the config group that it names, if it does not name the key."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if any(re.search(rf"(^|\W){re.escape(key.rpartition('.')[2])}(\W|$)", message) for key in keys):
+        return message
+    group = re.match(r"\w*", message)
+    of_group = [o for o, key in zip(overrides, keys, strict=True) if group and key.partition(".")[0] == group[0]]
+    return f"{message} (given: {', '.join(of_group or overrides)})" if overrides else message
 
 
 def _key(error: BaseException) -> str:
@@ -113,7 +122,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
                 os.environ[TRACEBACK] = "1"
             if os.environ.get(TRACEBACK) or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            sys.exit(f"{program}: error: {one_line(error)}")
+            sys.exit(f"{program}: error: {with_overrides(one_line(error), HydraConfig.get().overrides.task)}")
 
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))

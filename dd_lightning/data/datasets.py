@@ -1,5 +1,6 @@
 """Data sets: where the pictures come from, and the form in which networks see them."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ class ImageDataset(ABC):
             raise ValueError("give both mean and std, or neither")
         self.name, self.num_classes, self.channels, self.image_size = name, num_classes, channels, image_size
         self.mean, self.std = (None if v is None else [float(x) for x in v] for v in (mean, std))
+        if not all(math.isfinite(x) for x in [*(self.mean or []), *(self.std or [])]):
+            raise ValueError(f"mean and std must be finite, not {self.mean} and {self.std}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be above 0, not {self.std}")
         self.crop_padding, self.flip, self.validation = crop_padding, flip, validation
