@@ -20,6 +20,7 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.picture import draw
+from dd_lightning.processes import rank
 from dd_lightning.seeding import Stream
 from dd_lightning.unroll import AdjointUnroll
 
@@ -42,6 +43,13 @@ class HeldOutEvaluation(Callback):
     def __init__(self, networks: int = 20, test_networks: int = 200, every: int = 500, per_step: bool = False) -> None:
         check_count(networks=networks, test_networks=test_networks, every=every)
         self.networks, self.test_networks, self.every, self.per_step = networks, test_networks, every, per_step
+        self.best: dict[str, Any] | None = None  # accuracy and distilled data; of equals, the last
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -60,6 +68,9 @@ class HeldOutEvaluation(Callback):
         pl_module.log_dict({k: v for k, v in metrics.items() if k != "heldout/accuracy_mean"}, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+        if self.best is None or result.mean >= self.best["accuracy"]:
+            distilled = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            self.best = {"accuracy": result.mean, "distilled": distilled}
         log.info(f"step {step}: held-out accuracy {result}")
 
     def test(self, module: DatasetDistiller, distilled: DistilledData, data: RealData) -> HeldOutResult:
@@ -104,7 +115,7 @@ def progress_of_networks(description: str, total: int, done: int = 0, unit: str 
         TextColumn(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=get_console(), transient=True) as progress:
+    with Progress(*columns, console=get_console(), transient=True, disable=rank() > 0) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda networks: progress.advance(task, networks)
 
@@ -168,6 +179,7 @@ class LastGood(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         assert isinstance(pl_module, DatasetDistiller)
+        loss = trainer.strategy.reduce(loss.detach(), reduce_op="sum")  # type: ignore[assignment] # all stop, or none
         if torch.isfinite(loss):
             self._last_good = pl_module.distilled.detach()
             return

@@ -1,6 +1,7 @@
 """Checks of what a user sets, with errors in the user's words."""
 
 import math
+import re
 from numbers import Integral
 
 
@@ -15,6 +16,17 @@ def check_count(**values: object) -> None:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
+def check_whole(**values: object) -> None:
+    """Each value must be a whole number of at least 0.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
+
+
 def check_positive(**values: object) -> None:
     """Each value must be a finite number above 0.
 
@@ -24,6 +36,17 @@ def check_positive(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < math.inf):
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def check_name(**values: object) -> None:
+    """Each value becomes part of a file's name: no path to elsewhere.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+=-]*", value):
+            raise ValueError(f"{name} must be letters, digits and any of ' .+=-_', not {value!r}")
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

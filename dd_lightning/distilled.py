@@ -168,10 +168,13 @@ class DistilledData:
             with safetensors.safe_open(path, framework="pt") as file:
                 card = json.loads((file.metadata() or {}).get("card", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, ValueError) as error:
+        except (safetensors.SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
         if not isinstance(card, dict) or card.get("format") != FORMAT:
             raise ValueError(f"{path} is a safetensors file, but holds no distilled data")
+        missing = [name for name in ("images", "labels", "raw_learning_rates") if name not in tensors]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
         initial = {n.removeprefix(INITIAL): t for n, t in tensors.items() if n.startswith(INITIAL)}
         data = cls(tensors["images"], tensors["labels"], tensors["raw_learning_rates"], card, initial or None)
         images, labels, rates = data.images.shape, data.labels.shape, data.raw_learning_rates.shape
@@ -180,4 +183,9 @@ class DistilledData:
                 f"{path}: images {list(images)}, labels {list(labels)} and learning rates {list(rates)} "
                 "do not fit together"
             )
+        if data.labels.is_floating_point() or data.labels.numel() == 0 or data.labels.min() < 0:
+            raise ValueError(f"{path}: labels must be whole numbers from 0")
+        for name in ("images", "raw_learning_rates"):
+            if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+                raise ValueError(f"{path}: {name} holds values that are not finite numbers")
         return data

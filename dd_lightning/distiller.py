@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -17,6 +18,7 @@ from dd_lightning.init import Init
 from dd_lightning.networks import Weights
 from dd_lightning.objectives import Objective
 from dd_lightning.outer import OuterLoss
+from dd_lightning.processes import check_same
 from dd_lightning.unroll import Unroll
 
 
@@ -62,7 +64,8 @@ class DatasetDistiller(pl.LightningModule):
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
         self.outer_loss = OuterLoss(objective, precision)
-        self._outer_step = OuterStep(self.loss, chunk, capture)
+        # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
+        self._outer_step = OuterStep(self.loss, chunk if getattr(unroll, "batched", False) else 1, capture)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self._config = config or {}
 
@@ -79,19 +82,24 @@ class DatasetDistiller(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
-        theta_0 = self.init.sample(self.network, step=self.global_step)  # line 4
-        loss = self._outer_step(theta_0, images, labels, [self.images, self.raw_learning_rates])
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        theta_0 = self.init.sample(self.network, self.global_step, self.global_rank, self.trainer.world_size)  # line 4
+        loss, self._gradients = self._outer_step((theta_0, images, labels), self._learned, self.init.per_step)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="sum")
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
 
     def loss(self, theta_0: Weights, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
-        """The outer loss of networks that start from θ₀."""
+        """The outer loss of networks that start from θ₀, on a real minibatch."""
         theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
         return self.outer_loss(self.network, theta_T, images, labels)  # line 7
 
+    @property
+    def _learned(self) -> list[nn.Parameter]:
+        return [self.images, self.raw_learning_rates]
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        # Of the leaves only the distilled data: the gradient of θ₀ would cost one more Hessian-vector product.
-        loss.backward(inputs=[self.images, self.raw_learning_rates])
+        """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
+        for parameter, gradient in zip(self._learned, self._gradients, strict=True):
+            parameter.grad = self.trainer.strategy.reduce(gradient, reduce_op="sum").to(parameter.dtype)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer([{"params": [self.images]}, {"params": [self.raw_learning_rates]}])
@@ -106,6 +114,9 @@ class DatasetDistiller(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.network.to(self.device)
+        check_same(self.trainer, self._config)
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_backward_grad_sync = False  # `backward` does it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dd_config"] = self._config

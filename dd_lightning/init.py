@@ -35,8 +35,8 @@ class Init(ABC):
     per_step: int  # J, the number of initial weights per outer step
 
     @abstractmethod
-    def sample(self, network: nn.Module, step: int) -> Weights:
-        """θ₀⁽ʲ⁾ for j = 1…J at an outer step (Algorithm 1, line 4)."""
+    def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
+        """θ₀⁽ʲ⁾ for j = 1…J at an outer step (Algorithm 1, line 4); process `rank` of `world` takes its share."""
 
     @abstractmethod
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
@@ -84,8 +84,8 @@ class RandomInit(Init):
                 raise ValueError("scheme default has no gain; leave gain=null or choose another scheme")
         self.scheme, self.gain, self.per_step, self.seed = scheme, gain, per_step, seed
 
-    def sample(self, network: nn.Module, step: int) -> Weights:
-        return stack([self.draw(network, Stream.INIT, step, j) for j in range(self.per_step)])
+    def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
+        return stack([self.draw(network, Stream.INIT, step, j) for j in range(rank, self.per_step, world)])
 
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
         return (self.draw(network, stream, index) for index in range(count))
@@ -165,7 +165,7 @@ class OneNetwork(Init):
         self._weights = to_device_of(network, self._weights)
         return self._weights
 
-    def sample(self, network: nn.Module, step: int) -> Weights:
+    def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
         return stack([self.weights(network)])
 
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
@@ -234,9 +234,9 @@ class RandomPretrainedInit(Init):
         if per_step > len(self._train):
             raise ValueError(f"per_step is {per_step}, but population {population} has {len(self._train)} networks")
 
-    def sample(self, network: nn.Module, step: int) -> Weights:
+    def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
         chosen = torch.randperm(len(self._train), generator=generator(self.seed, Stream.INIT, step))[: self.per_step]
-        return stack([to_device_of(network, self._train[index]) for index in chosen.tolist()])
+        return stack([to_device_of(network, self._train[index]) for index in chosen[rank::world].tolist()])
 
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
         last = len(self._held_out) - 1

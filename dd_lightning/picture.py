@@ -11,13 +11,22 @@ from dd_lightning.atomic import atomic_path
 from dd_lightning.data.datasets import Preprocessing
 from dd_lightning.distilled import DistilledData
 
+COLUMNS, IMAGES = 20, 200  # more would take minutes to draw, and could not be seen
+
 
 def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = "") -> Figure:
-    """A row per GD step (and image per class), a column per class; at left the learning rates of all epochs."""
-    images = preprocessing.inverse(distilled.images.detach().cpu().float()).permute(0, 1, 3, 4, 2).numpy()
+    """A row per GD step (and image per class), a column per class; at left the learning rates of all epochs.
+
+    Many classes take several rows a step. Of many images the first few hundred are drawn.
+    """
+    steps, batch = distilled.images.shape[:2]
+    drawn = distilled.images.detach()[: max(IMAGES // batch, 1), :IMAGES]
+    if drawn.shape[:2] != (steps, batch):
+        title = f"{title} (the first {drawn.shape[0] * drawn.shape[1]} of {steps * batch} images)".lstrip()
+    images = preprocessing.inverse(drawn.cpu().float()).permute(0, 1, 3, 4, 2).numpy()
     rates = distilled.learning_rates.detach().cpu()
     steps, batch = images.shape[:2]
-    columns = min(batch, distilled.num_classes)
+    columns = min(batch, distilled.num_classes, COLUMNS)
     rows_per_step = -(-batch // columns)
     rows = steps * rows_per_step
     fig = Figure(figsize=(1.6 + 0.9 * columns, 0.6 + 0.95 * rows), dpi=100, layout="constrained")
@@ -30,7 +39,7 @@ def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = 
         for index in range(batch):
             axis = axes[step * rows_per_step + index // columns, index % columns]
             axis.imshow(_visible(images[step, index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            if step == 0 and index < columns:
+            if (step == 0 and index < columns) or distilled.num_classes > columns:
                 axis.set_title(str(int(distilled.labels[step, index])), fontsize=10)
         text = "\n".join(f"η = {rate:.3g}" for rate in rates[:, step].tolist())
         left = axes[step * rows_per_step, 0]

@@ -9,6 +9,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from dd_lightning.checks import check_whole
+
 
 class Stream(IntEnum):
     """What the random numbers are for; streams never share numbers."""
@@ -25,7 +27,12 @@ class Stream(IntEnum):
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:
-    """A 63-bit seed for `counters` of a stream, e.g. (outer step, index)."""
+    """A 63-bit seed for `counters` of a stream, e.g. (outer step, index).
+
+    Raises:
+        ValueError: `seed` is not a whole number of at least 0.
+    """
+    check_whole(seed=seed)
     state = np.random.SeedSequence(seed, spawn_key=(int(stream), *counters)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 

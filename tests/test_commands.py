@@ -283,8 +283,8 @@ def test_the_best_of_all_evaluations_is_kept(run, monkeypatch, last_is_best):
     assert (code, error) == (0, "")
     result = json.loads((folder / "result.json").read_text())
     assert result["validation_accuracy_mean"] == (60 if last_is_best else 50)
-    saved = torch.load(folder / "checkpoints" / "step=000002.ckpt", weights_only=True)["state_dict"]
-    assert torch.equal(saved["images"], DistilledData.load(folder).images) != last_is_best
+    last = torch.load(folder / "checkpoints" / "last-000005.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(last["images"], DistilledData.load(folder).images) == last_is_best
 
 
 def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, monkeypatch):

@@ -1,6 +1,7 @@
 """The outer loss and its gradient: against a plain graph, in chunks, in bfloat16, and as a CUDA graph."""
 
 import logging
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -78,29 +79,39 @@ def outer_step(device="cpu", dtype=torch.float64, **options):
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 9])
 def test_chunks_change_nothing(chunk):
-    losses, gradients = [], []
-    for options in ({}, {"chunk": chunk}):
-        step, theta_0, batch, parameters = outer_step(**options)
-        losses.append(step(theta_0, *batch, parameters))
-        gradients.append(torch.autograd.grad(3 * losses[-1], parameters))
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*gradients)
+    step, theta_0, batch, parameters = outer_step(chunk=chunk)
+    loss, gradients = step((theta_0, *batch), parameters, of=5)
+    expected = step.loss(theta_0, *batch)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(tuple(gradients), torch.autograd.grad(expected, parameters))
+
+
+def test_shares_add_up():
+    step, theta_0, batch, parameters = outer_step()
+    parts = [{name: value[own] for name, value in theta_0.items()} for own in (slice(0, 2), slice(2, 5))]
+    shares = [step((part, *batch), parameters, of=5) for part in parts]
+    loss, gradients = step((theta_0, *batch), parameters, of=5)
+    torch.testing.assert_close(shares[0][0] + shares[1][0], loss)
+    torch.testing.assert_close([a + b for a, b in zip(shares[0][1], shares[1][1], strict=True)], gradients)
 
 
 def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
     def refuse(*args):
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    class OnGpu:
+        type = "cuda"
+
     monkeypatch.setattr("dd_lightning.capture._Graph", refuse)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     step, theta_0, batch, parameters = outer_step()
+    expected = step.gradients((theta_0, *batch), parameters, 5)
+    images = MagicMock(device=OnGpu(), shape=batch[0].shape)
+    monkeypatch.setattr(step, "gradients", lambda *args: expected)
     with caplog.at_level(logging.WARNING):
-        value, found = step._replayed((theta_0, *batch), parameters)
+        assert step((theta_0, images, batch[1]), parameters, 5) is expected
     assert "operation not permitted" in caplog.text
     assert not step.capture
-    expected = step(theta_0, *batch, parameters)
-    torch.testing.assert_close(value, expected.detach())
-    torch.testing.assert_close(tuple(found), torch.autograd.grad(expected, parameters))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -109,8 +120,8 @@ def test_a_cuda_graph_gives_the_same_gradient_step_after_step():
     for _ in range(3):
         images = images.flip(0)
         theta_0 = {name: value + 0.01 for name, value in theta_0.items()}
-        expected = torch.autograd.grad(step.loss(theta_0, images, labels), parameters)
-        found = torch.autograd.grad(step(theta_0, images, labels, parameters), parameters)
+        expected = step.gradients((theta_0, images, labels), parameters, 5)
+        found = step((theta_0, images, labels), parameters, 5)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
         with torch.no_grad():
             parameters[0].add_(0.1)

@@ -146,7 +146,7 @@ def judge_sets(
     points = []
     for one in sets:
         steps = one.to(pictures.labels.device).steps()
-        trajectory = learner.unroll.trajectory(learner.network, theta_0, steps, differentiable=False)
+        trajectory = learner.unroll.trajectory(learner.network, theta_0, steps)
         points.append(judged_along(trajectory, lambda theta: learner.judged(theta, pictures), before, per_step))
     return numpy(stack(points))
 

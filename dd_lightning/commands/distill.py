@@ -1,24 +1,24 @@
 """dd-distill: Algorithm 1 on a composed configuration."""
 
+import errno
 import logging
 import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import HeldOutEvaluation, LastGood, is_out_of_memory, log_picture
-from dd_lightning.checks import check_count, check_positive
+from dd_lightning.checks import check_count, check_positive, check_whole
 from dd_lightning.commands.build import (
     build_data,
     build_distilled,
@@ -28,12 +28,21 @@ from dd_lightning.commands.build import (
     make_card,
     settings,
 )
-from dd_lightning.commands.launch import command
+from dd_lightning.commands.launch import check_resolved, command, named
+from dd_lightning.data import RealData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import OneNetwork
+from dd_lightning.interruption import interrupted_at_once
+from dd_lightning.locking import locked
+from dd_lightning.loggers import CSVLogger, wandb_logger
 from dd_lightning.picture import draw
+from dd_lightning.processes import check_processes, check_strategy, is_lost_process, rank, started_alike
+from dd_lightning.resuming import AtomicCheckpointIO, ResumeCheckpoint, load_checkpoint, newest_checkpoint
+from dd_lightning.unroll import InnerOptimizer
 
 log = logging.getLogger(__name__)
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # A run may go on from a checkpoint only if these agree: they decide what is computed.
 COMPUTED_FROM = ("dataset", "network", "init", "objective", "inner", "distilled", "optimizer", "schedule")
@@ -45,11 +54,20 @@ def distill(cfg: DictConfig) -> float:
     Returns:
         Mean held-out test accuracy in %.
     """
-    started = time.monotonic()
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_writable(folder)
-    check_count(**{"trainer.max_steps": cfg.trainer.max_steps})
+    with alone(folder), started_alike(folder):
+        return run(cfg, folder)
+
+
+def run(cfg: DictConfig, folder: Path) -> float:
+    """One run, new or going on, in `folder`."""
+    check_whole(seed=cfg.seed)
+    check_count(**{"trainer.max_steps": cfg.trainer.max_steps, "trainer.num_nodes": cfg.trainer.num_nodes})
+    check_resolved(cfg)
     check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
+    check_strategy(cfg.trainer.strategy)
+    check_inside(folder, cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
     objective = build_objective(cfg, data)
@@ -57,7 +75,10 @@ def distill(cfg: DictConfig) -> float:
     network = build_network(cfg, data, init)
     distilled = build_distilled(cfg, data)
     unroll = instantiate(cfg.unroll)
-    unroll.check(network, init.sample(network, step=0), distilled.images[0])
+    with named("unroll"):
+        if not isinstance(unroll.optimizer, InnerOptimizer):
+            raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
+        unroll.check(network, init.sample(network, step=0), distilled.images[0])
     weights = init.weights(network) if isinstance(init, OneNetwork) else None
     distiller = DatasetDistiller(
         replace(distilled, card=make_card(cfg, data), initial_weights=weights),
@@ -68,19 +89,37 @@ def distill(cfg: DictConfig) -> float:
         instantiate(cfg.optimizer),
         instantiate(cfg.schedule),
         cfg.rate_scale,
-        computed_from(cfg),
+        computed_from(cfg, data),
         cfg.precision,
         cfg.chunk,
         cfg.capture,
     )
-    checkpoint = find_checkpoint(cfg.resume)
-    loggers = build_loggers(cfg)
+    check_outer(distiller)
+    checkpoint = find_checkpoint(cfg.resume, folder)
+    step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=str(folder))
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=build_loggers(cfg, folder, step) or False,
+        default_root_dir=str(folder),
+        plugins=[AtomicCheckpointIO()],
+    )
+    check_processes(trainer, init)
+    if checkpoint and rank() == 0:
+        log.info(f"going on from outer step {step} of {os.path.relpath(folder)} (resume=null starts a new run)")
     try:
-        trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        return finish(cfg, trainer, distiller, data, folder, time.monotonic() - started)
+        with interrupted_at_once("outside of an outer step; the same command goes on"):
+            trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            return finish(cfg, trainer, distiller, data, folder)
     except Exception as error:
+        if is_lost_process(error):
+            raise ConnectionError("another process of this run ended; the same command goes on") from error
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise OSError(
+                f"cannot write to {folder} ({error.strerror}) at outer step {trainer.global_step}; "
+                "once there is room, the same command goes on from the last checkpoint"
+            ) from error
         if not is_out_of_memory(error):
             raise
         kept = next((c.kept(trainer) for c in callbacks if isinstance(c, LastGood)), "nothing was kept")
@@ -93,21 +132,31 @@ def distill(cfg: DictConfig) -> float:
             sys.modules["wandb"].finish()
 
 
-def build_loggers(cfg: DictConfig) -> list[Any]:
-    """The configured loggers; W&B gets the whole configuration with its constructor."""
-    composed = OmegaConf.to_container(cfg, resolve=True)
-    loggers = [instantiate(logger, _partial_=True) for logger in (cfg.logger or {}).values()]
-    return [logger(config=composed) if logger.func is WandbLogger else logger() for logger in loggers]
+def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Any]:
+    """The configured loggers, which go on after outer step `step`."""
+    loggers = []
+    for name, settings_of in (cfg.logger or {}).items():
+        make = instantiate(settings_of, _partial_=True)
+        with named(f"logger.{name}"):
+            if make.func is WandbLogger:
+                logger = wandb_logger(make, OmegaConf.to_container(cfg, resolve=True), folder)
+            elif make.func is TensorBoardLogger and step:
+                logger = make(purge_step=step + 1)
+            else:
+                logger = make()
+        if isinstance(logger, CSVLogger) and rank() == 0:
+            logger.rewind(step)
+        loggers.append(logger)
+    return loggers
 
 
-def finish(
-    cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, data: Any, folder: Path, fitted: float
-) -> float:
+def finish(cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, data: Any, folder: Path) -> float:
     """Chooses the best distilled data by validation, tests them once, and writes the results."""
     device = trainer.strategy.root_device
     validation = load_best(trainer, distiller)
     distiller.to(device)
     distiller.network.to(device)
+    data.to(device)
     held_out = next((c for c in trainer.callbacks if isinstance(c, HeldOutEvaluation)), HeldOutEvaluation())  # type: ignore[attr-defined]
     result = held_out.test(distiller, distiller.distilled.detach(), data)
     distilled = replace(
@@ -126,7 +175,7 @@ def finish(
             "validation_accuracy_mean": validation,
             "learning_rates": distilled.learning_rates.tolist(),
             "outer_steps": trainer.global_step,
-            "seconds_distilling": fitted,
+            "seconds_distilling": next((c.seconds for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None),  # type: ignore[attr-defined]
             "hardware": hardware(),
             "expected": cfg.get("expected"),
             "card": distilled.card,
@@ -147,25 +196,20 @@ def finish(
 
 
 def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
-    """Leaves in the module whichever is best in held-out validation accuracy: the checkpoint or what it holds.
+    """Leaves in the module the distilled data of the best held-out validation accuracy.
 
     Returns:
         That accuracy in %, if there was an evaluation.
     """
-    last = trainer.callback_metrics.get("heldout/accuracy_mean")
-    last = None if last is None else float(last)
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path and callback.best_model_score is not None:
-            best = float(callback.best_model_score)
-            if last is None or best > last:
-                saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-                distiller.load_state_dict(saved["state_dict"])
-                return best
-    return last
+    best = next((c.best for c in trainer.callbacks if isinstance(c, HeldOutEvaluation)), None)  # type: ignore[attr-defined]
+    if best is None:
+        return None
+    distiller.load_state_dict(best["distilled"])
+    return best["accuracy"]
 
 
-def computed_from(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat."""
+def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat, and the real data."""
     flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
     flat["precision"] = cfg.precision
     for group in COMPUTED_FROM:
@@ -174,23 +218,71 @@ def computed_from(cfg: DictConfig) -> dict[str, Any]:
             flat[f"{group}._target_"] = cfg[group].get("_target_")
     for place in ("dataset.data_dir", "init.populations_dir"):
         flat.pop(place, None)
-    return flat
+    return flat | {"dataset.content": data.content}
 
 
-def find_checkpoint(resume: str | None) -> str | None:
-    """The checkpoint to go on from: a file, or the last one of a run's folder."""
+def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        resume: a file, a run's folder, `auto` for the run in `folder`, or None.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none where `resume` says, or it cannot be read.
+    """
     if resume is None:
         return None
-    path = Path(resume)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+    path = folder if resume == "auto" else Path(resume)
+    if path.is_file():
+        load_checkpoint(path)
+        return path
+    found = newest_checkpoint(path / "checkpoints")
+    if found is None and resume != "auto":
         raise FileNotFoundError(f"resume={resume}: there is no checkpoint at {path}")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"resume={resume}: {path} is truncated or not a checkpoint") from error
-    return str(path)
+    return found
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuses to work in a folder in which another process does.
+
+    Raises:
+        ValueError: the run is going on already.
+    """
+    with ExitStack() as stack:
+        if rank() == 0:
+            try:
+                stack.enter_context(locked(folder / ".lock"))
+            except BlockingIOError as error:
+                raise ValueError(f"this run is going on already in {folder}; resume=null starts another") from error
+        yield
+
+
+def check_inside(folder: Path, cfg: DictConfig) -> None:
+    """Refuses callbacks and loggers that would write outside the run's folder.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for group in ("callbacks", "logger"):
+        for name, settings_of in (cfg[group] or {}).items():
+            for key in ("dirpath", "save_dir", "filename", "version"):
+                value = (settings_of or {}).get(key)
+                if isinstance(value, str) and not (folder / value).resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{group}.{name}.{key}={value} lies outside the run's folder {folder}")
+
+
+def check_outer(distiller: DatasetDistiller) -> None:
+    """Takes an outer step without a gradient, so that settings which torch refuses only then are refused at once.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    with named("optimizer, schedule"):
+        made = distiller.configure_optimizers()
+        if isinstance(made, dict):
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
 
 
 def check_writable(folder: Path) -> None:

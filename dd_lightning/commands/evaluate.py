@@ -36,7 +36,8 @@ from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
 
-PLACES = ("data_dir", "populations_dir", "weights")  # of the machine that distilled
+# Settings that a card has no say in: where files lie, and what is run.
+NOT_OF_CARD = ("data_dir", "populations_dir", "source", "weights")
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -142,7 +143,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
         overrides += [
             f"{group}.{key}={_quoted(value)}"
             for key, value in entry.items()
-            if key in known and not key.startswith("_") and key not in PLACES and _plain(value)
+            if key in known and not key.startswith("_") and key not in NOT_OF_CARD and _plain(value)
         ]
     composed = compose("evaluate", overrides=overrides + task)
     with open_dict(composed):

@@ -1,9 +1,12 @@
 """What every command shares: where its configuration lies, and errors in one line."""
 
+import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dd_lightning.commands.sweep import run_job
 from dd_lightning.cpu import tune_cpu
+from dd_lightning.interruption import Interrupted, interrupted_at_once
+from dd_lightning.processes import rank
 from dd_lightning.resolvers import register
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,30 +34,90 @@ TRACEBACK = "DD_TRACEBACK"
 register()
 
 
-def one_line(error: BaseException) -> str:
-    """An error as a user reads it: the innermost message, with the config key where Hydra knows it."""
-    prefix = ""
+# Errors whose messages are for users.
+EXPECTED = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+
+
+def one_line(error: BaseException, prefix: str = "") -> str:
+    """An error as a user reads it: the innermost message, with the config key where it is known."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
-        prefix = f"{key}: " if key else prefix
+        prefix = _key(error) or prefix
         error = error.__cause__
     # Hydra lists the valid options one a line, indented, and then where it searched.
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
-    message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
-    if not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | HydraException):
+    lines = [line.strip() for line in text.splitlines()]
+    message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
+    prefix = _key(error) or prefix
+    if not prefix and not isinstance(error, EXPECTED):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors in the block, which uses a setting for the first time, name it.
+
+    Raises:
+        ValueError: beginning with `key`.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(one_line(error, f"{key}: ")) from error
+
+
+def check_resolved(cfg: DictConfig) -> None:
+    """Refuses a configuration in which a value is missing or cannot be interpolated.
+
+    Raises:
+        ValueError: naming its key.
+    """
+    for key in cfg:
+        full_key = cfg._get_full_key(key)
+        try:
+            value = cfg[key]
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{full_key}: {str(error).partition(chr(10))[0]}") from error
+        if isinstance(value, DictConfig):
+            check_resolved(value)
+
+
+def with_overrides(message: str, overrides: list[str]) -> str:
+    """The message, and what the command line says of the config group that it names, if it does not name the key."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if any(re.search(rf"(^|\W){re.escape(key.rpartition('.')[2])}(\W|$)", message) for key in keys):
+        return message
+    group = re.match(r"\w*", message)
+    of_group = [o for o, key in zip(overrides, keys, strict=True) if group and key.partition(".")[0] == group[0]]
+    return f"{message} (given: {', '.join(of_group or overrides)})" if overrides else message
+
+
+def _key(error: BaseException) -> str:
+    """The config key that Hydra or OmegaConf names in their messages' last lines."""
+    found = re.search(r"^\s*full_key: (\S+)$", str(error), re.MULTILINE)
+    return f"{found[1]}: " if found else ""
 
 
 def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """The entry point of a command.
 
     Bad input ends it with one line on stderr and exit code 1; `DD_TRACEBACK=1` or `debug=...` shows the traceback.
-    In a multirun the other jobs are run first, and those that failed are listed.
+    In a multirun the other jobs are run first, and those that failed are listed. A signal ends it with one line, too,
+    and the exit code that shells use.
     """
-    program = f"dd-{config_name}"
+    program = f"dd-{config_name}" + (f" (process {rank()})" if rank() else "")
 
     def run_task(cfg: DictConfig) -> Any:
+        if rank():
+            logging.getLogger().setLevel(logging.WARNING)  # the first process says it
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_job(task, cfg, one_line)
         try:
@@ -60,7 +127,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
                 os.environ[TRACEBACK] = "1"
             if os.environ.get(TRACEBACK):
                 raise
-            sys.exit(f"{program}: error: {one_line(error)}")
+            sys.exit(f"{program}: error: {with_overrides(one_line(error), HydraConfig.get().overrides.task)}")
 
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
@@ -69,8 +136,14 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
         tune_cpu()
+        logging.raiseExceptions = bool(os.environ.get(TRACEBACK))  # e.g. where the disk of the log file is full
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run_task)()
+            with interrupted_at_once():
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run_task)()
+        except Interrupted as stop:
+            if rank() == 0:
+                print(f"{program}: {stop.message}", file=sys.stderr)
+            sys.exit(stop.code)
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise

@@ -1,6 +1,7 @@
 """The stream of real minibatches x_t (Algorithm 1, line 3)."""
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import pytorch_lightning as pl
@@ -27,7 +28,8 @@ class RealData(pl.LightningDataModule):
         batch_size: real images per outer step.
         seed: of the order and the augmentation.
 
-    Attributes (after `setup`): `train`, `validation`, `test` (`Pictures`), `preprocessing`, `num_classes`.
+    Attributes (after `setup`): `train`, `validation`, `test` (`Pictures`), `preprocessing`, `num_classes`,
+    and `content`, a hash of the pictures and labels.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int = 1024, seed: int = 0) -> None:
@@ -44,6 +46,7 @@ class RealData(pl.LightningDataModule):
         if self._ready:
             return
         training, self.test, self.preprocessing, self.num_classes = self.dataset.load()
+        self.content = digest(training, self.test)
         # The validation part is the same for every seed, so that runs can be compared on it.
         order = torch.randperm(len(training), generator=generator(0, Stream.SPLIT))
         held_out, rest = order[: self.dataset.validation].sort().values, order[self.dataset.validation :].sort().values
@@ -53,8 +56,10 @@ class RealData(pl.LightningDataModule):
         if empty:
             raise ValueError(
                 f"data set {self.dataset.name}: class {empty[0]} has no training picture left beside the "
-                f"validation part; lower dataset.validation={self.dataset.validation}"
+                f"validation part; lower dataset.validation={self.dataset.validation} (0: the training part)"
             )
+        if not self.dataset.validation:
+            self.validation = self.train
         self._ready = True
 
     def to(self, device: torch.device | str) -> None:
@@ -143,3 +148,12 @@ class Minibatches:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         pass
+
+
+def digest(*parts: Pictures) -> str:
+    """A hash of pictures and labels."""
+    content = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        for tensor in (part.images, part.labels):
+            content.update(tensor.contiguous().numpy().data)
+    return content.hexdigest()

@@ -1,5 +1,6 @@
 """Data sets: where the pictures come from, and the form in which networks see them."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from dd_lightning.checks import check_count
+from dd_lightning.checks import check_count, check_name, check_whole
 from dd_lightning.data.packed import Arrays, load_packed, save_packed
 
 
@@ -68,7 +69,10 @@ class ImageDataset(ABC):
             colours are turned grey.
         crop_padding: augmentation: reflect-pad by so many pixels, then crop at random; 0 is none.
         flip: augmentation: mirror every other picture at random.
-        validation: number of training pictures that are held out for validation.
+        validation: number of training pictures that are held out for validation; 0 validates on those trained on.
+
+    Raises:
+        ValueError: naming the setting that cannot be.
     """
 
     def __init__(
@@ -83,19 +87,21 @@ class ImageDataset(ABC):
         flip: bool = False,
         validation: int = 1000,
     ) -> None:
-        check_count(validation=validation)
+        check_name(name=name)
+        check_whole(validation=validation)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, not {channels!r}")
         if image_size is not None:
             check_count(image_size=image_size)
         if num_classes is not None:
             check_count(num_classes=num_classes)
-        if crop_padding < 0:
-            raise ValueError(f"crop_padding must not be negative, but is {crop_padding}")
+        check_whole(crop_padding=crop_padding)
         if (mean is None) != (std is None):
             raise ValueError("give both mean and std, or neither")
         self.name, self.num_classes, self.channels, self.image_size = name, num_classes, channels, image_size
         self.mean, self.std = (None if v is None else [float(x) for x in v] for v in (mean, std))
+        if not all(math.isfinite(x) for x in [*(self.mean or []), *(self.std or [])]):
+            raise ValueError(f"mean and std must be finite, not {self.mean} and {self.std}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be above 0, not {self.std}")
         self.crop_padding, self.flip, self.validation = crop_padding, flip, validation
@@ -134,6 +140,8 @@ class ImageDataset(ABC):
         else:
             mean, std = (self._per_channel(value, channels) for value in (self.mean, self.std))
         num_classes = self.num_classes or int(train.labels.max()) + 1
+        if num_classes < 2:
+            raise ValueError(f"data set {self.name} has one class; there is nothing to tell apart")
         return train, test, Preprocessing(channels, image_size, mean, std), num_classes
 
     def _form(self, images: np.ndarray) -> UInt8[Tensor, "n c h w"]:
@@ -167,7 +175,7 @@ class Packed(ImageDataset):
     """
 
     def __init__(self, path: str | None, name: str | None = None, **form: Any) -> None:
-        if not path:
+        if not path or not isinstance(path, str):
             raise ValueError("a packed data set needs the path of its .npz file: dataset.path=FILE")
         self.path = Path(path).expanduser()
         super().__init__(name or self.path.stem, **form)

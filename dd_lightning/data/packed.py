@@ -4,13 +4,13 @@
 """
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from dd_lightning.archives import check_arrays
 from dd_lightning.atomic import write_bytes
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -47,13 +47,15 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
     if not path.is_file():
         raise FileNotFoundError(f"there is no packed data set at {path}")
     try:
+        check_arrays(path)
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             arrays = {key: file[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is truncated or not a packed data set: {error}") from error
+    except Exception as error:  # a file from elsewhere raises anything, from the parser of its headers for instance
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is truncated or not a packed data set: {reason}") from error
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if (
