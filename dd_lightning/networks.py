@@ -47,6 +47,16 @@ class LeNet(nn.Module):
         return self.fc3(x)
 
 
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch's layer with the sum over neighbouring channels as a 1×1 convolution: several times faster on a CPU."""
+
+    def forward(self, input: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        channels = input.shape[1]
+        band = input.new_ones(channels, channels).triu(-(self.size // 2)).tril((self.size - 1) // 2)
+        total = F.conv2d(input * input, band[:, :, None, None])
+        return input * (self.k + self.alpha / self.size * total) ** -self.beta
+
+
 class AlexCifarNet(nn.Module):
     """The CIFAR10 network of Krizhevsky (2012): two 5×5 convolutions with local response normalisation, 384-192.
 
@@ -60,7 +70,7 @@ class AlexCifarNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 5, padding=2)
         self.conv2 = nn.Conv2d(64, 64, 5, padding=2)
-        self.norm = nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1)
+        self.norm = LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         side = ((image_size + 1) // 2 + 1) // 2
         self.fc1 = nn.Linear(64 * side * side, 384)

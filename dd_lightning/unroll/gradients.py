@@ -70,6 +70,11 @@ class AutogradGradient(StepGradient):
         return dict(zip(theta, hessian, strict=True)), grad_images
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.LocalResponseNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
 class LayeredGradient(StepGradient):
     """By the rules of `dd_lightning.unroll.layers`, for networks made of layers that have one.
 
@@ -79,7 +84,7 @@ class LayeredGradient(StepGradient):
 
     def __init__(self, network: nn.Module) -> None:
         try:
-            graph = fx.symbolic_trace(network).graph
+            graph = _Tracer().trace(network)
         except Exception as error:
             raise UnsupportedLayerError(f"a forward that cannot be traced ({type(error).__name__})") from error
         modules = dict(network.named_modules())
