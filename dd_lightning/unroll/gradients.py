@@ -72,7 +72,7 @@ class AutogradGradient(StepGradient):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.LocalResponseNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.MaxPool2d | nn.LocalResponseNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 class LayeredGradient(StepGradient):
