@@ -92,7 +92,8 @@ class HeldOutResult:
 
     def __str__(self) -> str:
         spread = f" ± {self.std:.2f}" if len(self.accuracies) > 1 else ""
-        return f"{self.before:.2f} % → {self.mean:.2f}{spread} %"
+        before = f"{self.before:.2f} % → " if self.accuracies.shape[1] > 1 else ""
+        return f"{before}{self.mean:.2f}{spread} %"
 
 
 def confusion(

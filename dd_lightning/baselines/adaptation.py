@@ -70,7 +70,7 @@ class FewShotAdaptation:
         adversarial_weight: float = 0.2,
         discriminator_steps: int = 500,
         steps: int = 1000,
-        batch_size: int = 64,
+        batch_size: int = 32,
         learning_rate: float = 0.001,
         seed: int = 0,
     ) -> None:
@@ -193,20 +193,21 @@ def adapt(network: nn.Module, domains: Domains, settings: FewShotAdaptation, see
     of_discriminator = torch.optim.Adam(discriminator.parameters(), lr=settings.learning_rate)
     of_network = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
 
-    def taken_for(group: int, label: int) -> Float[Tensor, ""]:
+    def taken_for(group: int, label: int, through_network: bool) -> Float[Tensor, ""]:
         """−log φ: how far the discriminator is from taking pairs of `group` for those of `label`."""
         first, second = domains.pairs(group, count, random)
-        features = encode(torch.cat([first, second])).split(count)
+        with torch.set_grad_enabled(through_network):
+            features = encode(torch.cat([first, second])).split(count)
         return F.cross_entropy(discriminator(*features), torch.full((count,), label, device=device))
 
     def train_discriminator() -> None:
-        loss = torch.stack([taken_for(group, group) for group in range(4)]).sum()
+        loss = torch.stack([taken_for(group, group, False) for group in range(4)]).sum()
         of_discriminator.zero_grad()
         loss.backward(inputs=list(discriminator.parameters()))
         of_discriminator.step()
 
     def train_network() -> None:
-        confusion = taken_for(TARGET_SAME, SOURCE_SAME) + taken_for(TARGET_OTHER, SOURCE_OTHER)
+        confusion = taken_for(TARGET_SAME, SOURCE_SAME, True) + taken_for(TARGET_OTHER, SOURCE_OTHER, True)
         loss = settings.adversarial_weight * confusion
         for draw in (domains.source_images, domains.target_images):
             labels = torch.randint(last.out_features, (count,), generator=random)
