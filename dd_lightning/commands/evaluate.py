@@ -20,6 +20,7 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.heldout import evaluate_held_out
 from dd_lightning.init import FixedInit
 from dd_lightning.picture import draw
+from dd_lightning.resolvers import task_overrides
 from dd_lightning.seeding import Stream
 from dd_lightning.unroll import StoredUnroll
 
@@ -98,7 +99,7 @@ def check_weights(network: torch.nn.Module, init: FixedInit) -> None:
 
 def _overridden(group: str) -> bool:
     """Whether the command line says anything of a config group."""
-    return any(re.match(rf"[+~]*{group}[.=@]", o) for o in HydraConfig.get().overrides.task)
+    return any(re.match(rf"[+~]*{group}[.=@]", o) for o in task_overrides())
 
 
 def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
@@ -110,7 +111,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
     Raises:
         ValueError: the card names a network or data set that this configuration does not have.
     """
-    task = list(HydraConfig.get().overrides.task)
+    task = task_overrides()
     overrides = []
     for group in CARD_GROUPS:
         entry = card.get(group)

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dd_lightning.interruption import Interrupted, interrupted_at_once
 from dd_lightning.processes import rank
-from dd_lightning.resolvers import register
+from dd_lightning.resolvers import register, task_overrides
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed wheel conf/ lies inside the package, in a checkout beside it.
@@ -90,12 +90,13 @@ def check_resolved(cfg: DictConfig) -> None:
 
 def with_overrides(message: str, overrides: list[str]) -> str:
     """The message, and what the command line says of the config group that it names, if it does not name the key."""
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    if any(re.search(rf"(^|\W){re.escape(key.rpartition('.')[2])}(\W|$)", message) for key in keys):
+    keys = {override: override.lstrip("+~").partition("=")[0].split(".") for override in overrides}
+    group = re.split(r"\W", message)[0]
+    values = [o for o in overrides if len(keys[o]) > 1]
+    given = [o for o in values if keys[o][0] == group] or values or overrides
+    if not given or any(re.search(rf"(^|\W){re.escape(keys[o][-1])}(\W|$)", message) for o in given):
         return message
-    group = re.match(r"\w*", message)
-    of_group = [o for o, key in zip(overrides, keys, strict=True) if group and key.partition(".")[0] == group[0]]
-    return f"{message} (given: {', '.join(of_group or overrides)})" if overrides else message
+    return f"{message} (given: {', '.join(given)})"
 
 
 def _key(error: BaseException) -> str:
@@ -122,7 +123,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
                 os.environ[TRACEBACK] = "1"
             if os.environ.get(TRACEBACK) or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            sys.exit(f"{program}: error: {with_overrides(one_line(error), HydraConfig.get().overrides.task)}")
+            sys.exit(f"{program}: error: {with_overrides(one_line(error), task_overrides())}")
 
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
