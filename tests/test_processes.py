@@ -15,7 +15,7 @@ import torch
 
 from dd_lightning import DistilledData, LeNet
 from dd_lightning.init import RandomInit
-from dd_lightning.processes import check_strategy
+from dd_lightning.processes import check_same, check_strategy
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "dataset.crop_padding=2", "network=custom")
 TOY += ("network._target_=conftest.SmallNet", "unroll=functional", "init=random", "init.per_step=5", "batch_size=16")
@@ -181,6 +181,17 @@ def test_what_cannot_be_split_is_refused_before_anything_starts(run, overrides, 
     assert code == 1
     assert error.startswith("dd-distill: error: ")
     assert message in error
+
+
+def test_processes_that_compute_something_else_are_refused(monkeypatch):
+    strategy = SimpleNamespace(broadcast=lambda settings: {"seed": 0, "dataset.content": "b"})
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda all_of_them, mine: all_of_them.__setitem__(1, mine)
+    )
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    check_same(trainer, {"seed": 0, "dataset.content": "b"})
+    with pytest.raises(ValueError, match=r"process 1 computes from another dataset\.content than process 0"):
+        check_same(trainer, {"seed": 0, "dataset.content": "a"})
 
 
 def test_strategies_known_to_work():

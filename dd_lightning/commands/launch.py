@@ -13,7 +13,7 @@ from typing import Any
 import dotenv
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -53,7 +53,7 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
     lines = [line.strip() for line in text.splitlines()]
     message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
-    prefix = _key(error) or prefix
+    prefix = f"{error.override}: " if isinstance(error, OverrideParseException) else _key(error) or prefix
     if not prefix and not isinstance(error, EXPECTED):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
