@@ -102,7 +102,8 @@ class DatasetDistiller(pl.LightningModule):
             gradients = [getattr(copy, name).grad for copy in self._copies]
             wide = parameter.dtype if parameter.device.type == "mps" else torch.float64
             total = torch.stack(gradients).sum(0, dtype=wide)
-            parameter.grad = self.trainer.strategy.reduce(total, reduce_op="sum").to(parameter.dtype)
+            gradient = self.trainer.strategy.reduce(total, reduce_op="sum").to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer([{"params": [self.images]}, {"params": [self.raw_learning_rates]}])

@@ -35,7 +35,7 @@ def started_alike(folder: Path) -> Iterator[None]:
     """
     environment, arguments = dict(os.environ), sys.argv
     os.environ[RUN_FOLDER] = str(folder)
-    if PARENT in os.environ:
+    if rank() and PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     else:
         os.environ[PARENT] = str(os.getpid())
