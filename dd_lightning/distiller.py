@@ -99,7 +99,9 @@ class DatasetDistiller(pl.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
         for parameter, gradient in zip(self._learned, self._gradients, strict=True):
-            parameter.grad = self.trainer.strategy.reduce(gradient, reduce_op="sum").to(parameter.dtype)
+            total = self.trainer.strategy.reduce(gradient, reduce_op="sum") / self.trainer.accumulate_grad_batches
+            before = 0 if parameter.grad is None else parameter.grad
+            parameter.grad = before + total.to(parameter.dtype)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer([{"params": [self.images]}, {"params": [self.raw_learning_rates]}])

@@ -16,7 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from dd_lightning.init import Init
-from dd_lightning.resolvers import RUN_FOLDER
+from dd_lightning.resolvers import RUN_FOLDER, task_overrides
 
 PARENT = "DD_PARENT"  # process that started the others on its machine
 TAKES_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")
@@ -35,7 +35,7 @@ def started_alike(folder: Path) -> Iterator[None]:
     """
     environment, arguments = dict(os.environ), sys.argv
     os.environ[RUN_FOLDER] = str(folder)
-    if PARENT in os.environ:
+    if rank() and PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     else:
         os.environ[PARENT] = str(os.getpid())
@@ -59,8 +59,7 @@ def one_job(arguments: list[str]) -> list[str]:
             options.append(argument)
             if argument in TAKES_VALUE:
                 options.append(next(values))
-    overrides = HydraConfig.get().overrides
-    return [*options, *overrides.task, *(o for o in overrides.hydra if not o.startswith(("hydra.mode", "hydra.sweep")))]
+    return [*options, *task_overrides()]
 
 
 def _end_with(parent: int) -> None:

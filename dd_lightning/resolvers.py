@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -46,6 +47,13 @@ def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
         time.sleep(0.5)
         found = unfinished(Path(new).parent, ending)
     return str(found[-1]) if found else f"{new}_{ending}"
+
+
+def task_overrides() -> list[str]:
+    """What the command line says of this job, as it says it."""
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[arg-type]
+    assert isinstance(overrides, list)
+    return overrides
 
 
 def unfinished(folder: Path, ending: str) -> list[Path]:

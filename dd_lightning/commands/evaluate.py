@@ -32,6 +32,7 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.init import FixedInit
 from dd_lightning.parallel import Workers
 from dd_lightning.picture import draw
+from dd_lightning.resolvers import task_overrides
 from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def digest(cfg: DictConfig) -> str:
 
 def _overridden(group: str) -> bool:
     """Whether the command line says anything of a config group."""
-    return any(re.match(rf"[+~]*{group}[.=@]", o) for o in HydraConfig.get().overrides.task)
+    return any(re.match(rf"[+~]*{group}[.=@]", o) for o in task_overrides())
 
 
 def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
@@ -124,7 +125,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
     Raises:
         ValueError: the card names a network or data set that this configuration does not have.
     """
-    task = list(HydraConfig.get().overrides.task)
+    task = task_overrides()
     overrides = []
     for group in CARD_GROUPS:
         entry = card.get(group)

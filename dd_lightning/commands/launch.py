@@ -13,7 +13,7 @@ from typing import Any
 import dotenv
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -23,7 +23,7 @@ from dd_lightning.commands.sweep import run_job
 from dd_lightning.cpu import tune_cpu
 from dd_lightning.interruption import Interrupted, interrupted_at_once
 from dd_lightning.processes import rank
-from dd_lightning.resolvers import register
+from dd_lightning.resolvers import register, task_overrides
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed wheel conf/ lies inside the package, in a checkout beside it.
@@ -55,7 +55,7 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
     lines = [line.strip() for line in text.splitlines()]
     message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
-    prefix = _key(error) or prefix
+    prefix = f"{error.override}: " if isinstance(error, OverrideParseException) else _key(error) or prefix
     if not prefix and not isinstance(error, EXPECTED):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
@@ -92,12 +92,13 @@ def check_resolved(cfg: DictConfig) -> None:
 
 def with_overrides(message: str, overrides: list[str]) -> str:
     """The message, and what the command line says of the config group that it names, if it does not name the key."""
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    if any(re.search(rf"(^|\W){re.escape(key.rpartition('.')[2])}(\W|$)", message) for key in keys):
+    keys = {override: override.lstrip("+~").partition("=")[0].split(".") for override in overrides}
+    group = re.split(r"\W", message)[0]
+    values = [o for o in overrides if len(keys[o]) > 1]
+    given = [o for o in values if keys[o][0] == group] or values or overrides
+    if not given or any(re.search(rf"(^|\W){re.escape(keys[o][-1])}(\W|$)", message) for o in given):
         return message
-    group = re.match(r"\w*", message)
-    of_group = [o for o, key in zip(overrides, keys, strict=True) if group and key.partition(".")[0] == group[0]]
-    return f"{message} (given: {', '.join(of_group or overrides)})" if overrides else message
+    return f"{message} (given: {', '.join(given)})"
 
 
 def _key(error: BaseException) -> str:
@@ -127,7 +128,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
                 os.environ[TRACEBACK] = "1"
             if os.environ.get(TRACEBACK):
                 raise
-            sys.exit(f"{program}: error: {with_overrides(one_line(error), HydraConfig.get().overrides.task)}")
+            sys.exit(f"{program}: error: {with_overrides(one_line(error), task_overrides())}")
 
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from dd_lightning.checks import check_count, check_name, check_whole
 from dd_lightning.data.packed import Arrays, load_packed, save_packed
+from dd_lightning.locking import locked
 
 
 @dataclass(frozen=True)
@@ -207,21 +208,25 @@ class TorchvisionDataset(Packed):
         if self.path.is_file():
             return
         download = self.path.parent / "download" / self.name
-        packed = {}
         try:
-            download.mkdir(parents=True, exist_ok=True)
-            for part, arguments in self.parts.items():
-                dataset = get_class(self.source)(root=str(download), download=True, **arguments)
-                pictures = [np.asarray(picture) for picture, _ in dataset]
-                packed[f"{part}_images"] = np.stack(pictures).astype(np.uint8)
-                packed[f"{part}_labels"] = np.array([label for _, label in dataset], dtype=np.int64)
-            save_packed(self.path, Arrays(**packed))
+            with locked(download / ".lock", wait=True):  # of several processes one downloads
+                if not self.path.is_file():
+                    self._download(download)
         except (OSError, RuntimeError) as error:
             message = " ".join(str(error).split()) or type(error).__name__
             raise FileNotFoundError(
                 f"data set {self.name} is not at {self.path} and could not be downloaded ({message}); "
                 "set data_dir to the folder of its packed file"
             ) from error
+
+    def _download(self, folder: Path) -> None:
+        packed = {}
+        for part, arguments in self.parts.items():
+            dataset = get_class(self.source)(root=str(folder), download=True, **arguments)
+            pictures = [np.asarray(picture) for picture, _ in dataset]
+            packed[f"{part}_images"] = np.stack(pictures).astype(np.uint8)
+            packed[f"{part}_labels"] = np.array([label for _, label in dataset], dtype=np.int64)
+        save_packed(self.path, Arrays(**packed))
 
 
 class Digits(ImageDataset):

@@ -1,0 +1,137 @@
+"""Any configuration either runs an outer step or is refused in one line that names the setting."""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from dd_lightning.commands import distill
+from dd_lightning.commands.launch import CONF
+
+BASE = ["trainer.max_steps=1", "trainer.accelerator=cpu", "init.per_step=1", "batch_size=8", "data_dir=."]
+BASE += ["callbacks.held_out.networks=1", "callbacks.held_out.test_networks=1", "dataset.validation=15"]
+BASE += ["callbacks.progress=null", "unroll=functional"]
+GROUPS = ("dataset", "network", "init", "objective", "distilled", "inner", "unroll", "optimizer", "schedule", "trainer")
+GROUPS += ("callbacks", "logger", "debug")
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+# wandb asks for an account, ddp starts this file's program again, tracebacks are what this file looks for.
+OPTIONS = [o for o in OPTIONS if o not in ("logger=wandb", "trainer=ddp", "trainer=ddp_sim") and "debug" not in o]
+OPTIONS += [f"{group}=nonsense" for group in GROUPS]
+UNTOUCHED = ("traceback", "data_dir", "runs_dir", "expected", "trainer.devices", "trainer.accelerator")
+VALUES = ["0", "-1", "1", "2", "0.5", "1.5", "1e-30", "1e15", "nan", "inf", "-inf", "null", "true", "text", "''", "'é'"]
+VALUES += ["[]", "[1,2]", "[0.5]", "[nan]", "{a: 1}", "${nope}", "${seed}", "???", "[", "a/b", "../x", "/etc/passwd"]
+# So many would be what was asked for, and take forever.
+PATIENT = ("networks", "test_networks", "steps", "epochs", "images_per_class", "per_step", "image_size")
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def keys_of(*choices):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return set(leaves(OmegaConf.to_container(compose("distill", overrides=list(choices)))))
+
+
+def settings_of():
+    """(choices of groups, key) of every setting there is."""
+    default = keys_of()
+    yield from (((), key) for key in sorted(default))
+    for option in OPTIONS:
+        if not option.endswith(("=nonsense", "=csv", "=none")):
+            yield from (((option,), key) for key in sorted(keys_of(option) - default))
+
+
+SETTINGS = [(choices, key) for choices, key in settings_of() if key not in UNTOUCHED]
+
+
+@st.composite
+def command_lines(draw):
+    """A choice of options, and one setting's value; either may be wrong."""
+    line = draw(st.lists(st.sampled_from(OPTIONS), max_size=2, unique_by=lambda option: option.partition("=")[0]))
+    if line and draw(st.booleans()):
+        return line
+    choices, key = draw(st.sampled_from(SETTINGS))
+    value = draw(st.sampled_from(VALUES))
+    if value == "1e15" and key.endswith(PATIENT):
+        value = "2"
+    chosen = {choice.partition("=")[0] for choice in choices}
+    return [*(o for o in line if o.partition("=")[0] not in chosen), *choices, f"{key}={value}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Packed files of every data set's name."""
+    folder, random = tmp_path_factory.mktemp("fuzz"), np.random.default_rng(0)
+    for name, shape in {"mnist": (28, 28), "usps": (16, 16), "svhn": (32, 32, 3), "cifar10": (32, 32, 3)}.items():
+        arrays = {}
+        for part, count in (("train", 60), ("test", 30)):
+            arrays[f"{part}_images"] = random.integers(0, 255, (count, *shape)).astype(np.uint8)
+            arrays[f"{part}_labels"] = np.arange(count) % 10
+        np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+def outcome(line):
+    """Exit code and all that the command printed to stderr."""
+    printed = io.StringIO()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{line} hangs"))
+    signal.alarm(120)
+    try:
+        with contextlib.redirect_stderr(printed):
+            sys.argv = ["dd-distill", *BASE, *line]
+            distill.main()
+        return 0, printed.getvalue()
+    except SystemExit as stop:
+        return 1, f"{stop.code}\n"
+    finally:
+        signal.alarm(0)
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def check(line, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for name in ("DD_TRACEBACK", "DD_DATA_DIR", "DD_RUNS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    code, printed = outcome(line)
+    results = list(Path("runs").rglob("result.json"))
+    shutil.rmtree("runs", ignore_errors=True)
+    assert "Traceback" not in printed
+    if code == 0:
+        assert len(results) == 1
+        return
+    assert printed.startswith("dd-distill: error: ")
+    assert printed.count("\n") == 1
+    named = [part for override in line for part in override.partition("=")[0].split(".")]
+    assert any(part in printed for part in named)
+
+
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+@given(line=command_lines())
+def test_a_few_configurations(line, folder, monkeypatch):
+    check(line, folder, monkeypatch)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, suppress_health_check=SUPPRESSED)
+@given(line=command_lines())
+def test_many_configurations(line, folder, monkeypatch):
+    check(line, folder, monkeypatch)
