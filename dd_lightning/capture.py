@@ -17,7 +17,7 @@ Outputs = tuple[Tensor, list[Tensor]]  # the loss, and its gradient with respect
 
 
 class OuterStep:
-    """The gradient of an outer loss, a mean over J networks.
+    """The gradient of an outer loss, a mean over networks, as a sum over them.
 
     Args:
         loss: the outer loss of θ₀ and a real minibatch.
@@ -32,18 +32,19 @@ class OuterStep:
         self.loss, self.chunk, self.capture = loss, chunk, capture
         self._graphs: dict[Any, _Graph] = {}
 
-    def __call__(self, inputs: Inputs, parameters: Sequence[Tensor], of: int) -> Outputs:
-        """The share that the networks of `inputs` have in the loss of `of` networks, and in its gradient.
+    def __call__(self, inputs: Inputs, parameters: Sequence[Tensor]) -> Outputs:
+        """The sum of the networks' losses, and its gradient.
 
-        The gradients are in double precision, so that shares can be added in any order.
+        In double precision, in which such sums are exact but for the last bits: the networks may be split over
+        processes in any way.
         """
         theta_0, images, _ = inputs
         if not self.capture or images.device.type != "cuda":
-            return self.gradients(inputs, parameters, of)
+            return self.gradients(inputs, parameters)
         key = (_count(theta_0), images.shape)  # the last minibatch of an epoch is smaller
         if key not in self._graphs:
             try:
-                self._graphs[key] = _Graph(lambda fixed: self.gradients(fixed, parameters, of), inputs)
+                self._graphs[key] = _Graph(lambda fixed: self.gradients(fixed, parameters), inputs)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -51,10 +52,10 @@ class OuterStep:
                 reason = " ".join(str(error).split())[:200]
                 log.warning(f"the outer step cannot be captured as a CUDA graph, and runs kernel by kernel: {reason}")
                 torch.cuda.synchronize()
-                return self.gradients(inputs, parameters, of)
+                return self.gradients(inputs, parameters)
         return self._graphs[key](inputs)
 
-    def gradients(self, inputs: Inputs, parameters: Sequence[Tensor], of: int) -> Outputs:
+    def gradients(self, inputs: Inputs, parameters: Sequence[Tensor]) -> Outputs:
         """The same, chunk by chunk and kernel by kernel."""
         theta_0, images, labels = inputs
         count = _count(theta_0)
@@ -68,10 +69,10 @@ class OuterStep:
                 loss = self.loss(part, images, labels)
             # Of the leaves only the parameters: the gradient of θ₀ would cost one more Hessian-vector product.
             found = torch.autograd.grad(loss, list(parameters))
-            share = _count(part) / of
-            total = total + share * loss.detach()
-            sums = [one + share * other.to(wide) for one, other in zip(sums, found, strict=True)]
-        return total.to(images.dtype), sums
+            networks = _count(part)
+            total = total + networks * loss.detach().to(wide)
+            sums = [one + networks * other.to(wide) for one, other in zip(sums, found, strict=True)]
+        return total, sums
 
 
 def _count(theta: Weights) -> int:

@@ -83,7 +83,8 @@ class DatasetDistiller(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
         theta_0 = self.init.sample(self.network, self.global_step, self.global_rank, self.trainer.world_size)  # line 4
-        loss, self._gradients = self._outer_step((theta_0, images, labels), self._learned, self.init.per_step)
+        total, self._gradients = self._outer_step((theta_0, images, labels), self._learned)
+        loss = (total / self.init.per_step).to(images.dtype)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="sum")
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
 
@@ -98,8 +99,9 @@ class DatasetDistiller(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
+        count = self.init.per_step * self.trainer.accumulate_grad_batches
         for parameter, gradient in zip(self._learned, self._gradients, strict=True):
-            total = self.trainer.strategy.reduce(gradient, reduce_op="sum") / self.trainer.accumulate_grad_batches
+            total = self.trainer.strategy.reduce(gradient, reduce_op="sum") / count
             before = 0 if parameter.grad is None else parameter.grad
             parameter.grad = before + total.to(parameter.dtype)
 

@@ -80,19 +80,19 @@ def outer_step(device="cpu", dtype=torch.float64, **options):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 9])
 def test_chunks_change_nothing(chunk):
     step, theta_0, batch, parameters = outer_step(chunk=chunk)
-    loss, gradients = step((theta_0, *batch), parameters, of=5)
-    expected = step.loss(theta_0, *batch)
+    loss, gradients = step((theta_0, *batch), parameters)
+    expected = 5 * step.loss(theta_0, *batch)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(tuple(gradients), torch.autograd.grad(expected, parameters))
 
 
-def test_shares_add_up():
+def test_parts_add_up():
     step, theta_0, batch, parameters = outer_step()
     parts = [{name: value[own] for name, value in theta_0.items()} for own in (slice(0, 2), slice(2, 5))]
-    shares = [step((part, *batch), parameters, of=5) for part in parts]
-    loss, gradients = step((theta_0, *batch), parameters, of=5)
-    torch.testing.assert_close(shares[0][0] + shares[1][0], loss)
-    torch.testing.assert_close([a + b for a, b in zip(shares[0][1], shares[1][1], strict=True)], gradients)
+    sums = [step((part, *batch), parameters) for part in parts]
+    loss, gradients = step((theta_0, *batch), parameters)
+    torch.testing.assert_close(sums[0][0] + sums[1][0], loss)
+    torch.testing.assert_close([a + b for a, b in zip(sums[0][1], sums[1][1], strict=True)], gradients)
 
 
 def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
@@ -105,11 +105,11 @@ def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
     monkeypatch.setattr("dd_lightning.capture._Graph", refuse)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     step, theta_0, batch, parameters = outer_step()
-    expected = step.gradients((theta_0, *batch), parameters, 5)
+    expected = step.gradients((theta_0, *batch), parameters)
     images = MagicMock(device=OnGpu(), shape=batch[0].shape)
     monkeypatch.setattr(step, "gradients", lambda *args: expected)
     with caplog.at_level(logging.WARNING):
-        assert step((theta_0, images, batch[1]), parameters, 5) is expected
+        assert step((theta_0, images, batch[1]), parameters) is expected
     assert "operation not permitted" in caplog.text
     assert not step.capture
 
@@ -120,8 +120,8 @@ def test_a_cuda_graph_gives_the_same_gradient_step_after_step():
     for _ in range(3):
         images = images.flip(0)
         theta_0 = {name: value + 0.01 for name, value in theta_0.items()}
-        expected = step.gradients((theta_0, images, labels), parameters, 5)
-        found = step((theta_0, images, labels), parameters, 5)
+        expected = step.gradients((theta_0, images, labels), parameters)
+        found = step((theta_0, images, labels), parameters)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
         with torch.no_grad():
             parameters[0].add_(0.1)

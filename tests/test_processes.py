@@ -22,7 +22,7 @@ TOY += ("network._target_=conftest.SmallNet", "unroll=functional", "init=random"
 TOY += ("callbacks.held_out.networks=3", "callbacks.held_out.test_networks=5", "callbacks.held_out.every=4")
 TOY += ("trainer.max_steps=20", "schedule=cosine", "optimizer.lr=0.02", "trainer.gradient_clip_val=0.1")
 FOREVER = (*TOY, "trainer.max_steps=1000000", "callbacks.held_out.every=1000000", "callbacks.resume.every=1000000")
-FOREVER += ("trainer=ddp_sim", "logger.csv.flush_logs_every_n_steps=1", "trainer.log_every_n_steps=1")
+FOREVER += ("trainer=ddp_sim", "+logger.csv.flush_logs_every_n_steps=1", "trainer.log_every_n_steps=1")
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,11 @@ def wait_for(condition, seconds=120):
 def running():
     """The main process of a run on two processes that has done some outer steps, and the process id of the other."""
     main = start(*FOREVER)
-    wait_for(lambda: [path for path in Path("runs").rglob("metrics.csv") if path.stat().st_size > 200])
+    wait_for(
+        lambda: (
+            main.poll() is not None or [path for path in Path("runs").rglob("metrics.csv") if path.stat().st_size > 200]
+        )
+    )
     others = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
     (other,) = (int(p) for p in others if b"train_ddp_process_1" in Path(f"/proc/{p}/cmdline").read_bytes())
     return main, other

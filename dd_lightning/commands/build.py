@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from dd_lightning.baselines import Sets
+from dd_lightning.commands.launch import named
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import Init
@@ -26,8 +27,9 @@ CARD_GROUPS = ("dataset", "network", "init", "objective", "inner")
 def build_data(cfg: DictConfig) -> RealData:
     """The real data, loaded; their form is then known to the rest of the configuration (`${dataset.channels}` …)."""
     data = RealData(instantiate(cfg.dataset), cfg.batch_size, cfg.seed)
-    data.prepare_data()
-    data.setup()
+    with named("dataset"):
+        data.prepare_data()
+        data.setup()
     with open_dict(cfg.dataset):
         cfg.dataset.channels = data.preprocessing.channels
         cfg.dataset.image_size = data.preprocessing.image_size

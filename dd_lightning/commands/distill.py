@@ -113,23 +113,32 @@ def run(cfg: DictConfig, folder: Path) -> float:
             trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             return finish(cfg, trainer, distiller, data, folder)
     except Exception as error:
-        if is_lost_process(error):
-            raise ConnectionError("another process of this run ended; the same command goes on") from error
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            raise OSError(
-                f"cannot write to {folder} ({error.strerror}) at outer step {trainer.global_step}; "
-                "once there is room, the same command goes on from the last checkpoint"
-            ) from error
-        if not is_out_of_memory(error):
+        told = explained(error, trainer)
+        if told is None:
             raise
-        kept = next((c.kept(trainer) for c in callbacks if isinstance(c, LastGood)), "nothing was kept")
-        raise MemoryError(
-            f"out of memory at outer step {trainer.global_step} ({' '.join(str(error).split())[:120]}); {kept}; "
-            "a chunk of networks, unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
-        ) from error
+        raise told from error
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
+
+
+def explained(error: Exception, trainer: pl.Trainer) -> Exception | None:
+    """What a user can do about an error from around the run; None for other errors."""
+    at = f"at outer step {trainer.global_step}"
+    if is_lost_process(error):
+        return ConnectionError("another process of this run ended; the same command goes on")
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return OSError(
+            f"cannot write to {trainer.default_root_dir} ({error.strerror}) {at}; "
+            "once there is room, the same command goes on from the last checkpoint"
+        )
+    if is_out_of_memory(error):
+        kept = next((c.kept(trainer) for c in trainer.callbacks if isinstance(c, LastGood)), "nothing was kept")  # type: ignore[attr-defined]
+        return MemoryError(
+            f"out of memory {at} ({' '.join(str(error).split())[:120]}); {kept}; "
+            "a chunk of networks, unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
+        )
+    return None
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Any]:

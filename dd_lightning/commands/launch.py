@@ -128,7 +128,10 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
                 os.environ[TRACEBACK] = "1"
             if os.environ.get(TRACEBACK):
                 raise
-            sys.exit(f"{program}: error: {with_overrides(one_line(error), task_overrides())}")
+            message = one_line(error)
+            if not isinstance(error, OSError | MemoryError | FloatingPointError):  # of a run, not of a setting
+                message = with_overrides(message, task_overrides())
+            sys.exit(f"{program}: error: {message}")
 
     def main() -> None:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
