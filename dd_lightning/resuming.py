@@ -132,7 +132,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that can be read, or None where there is none at all.
 
     Raises:
-        ValueError: none of those there can be read.
+        OSError: none of those there can be read.
     """
     found = checkpoints(folder)
     for path in found:
@@ -143,7 +143,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         else:
             return path
     if found:
-        raise ValueError(f"no checkpoint in {folder} can be read; resume=null starts a new run")
+        raise OSError(f"no checkpoint in {folder} can be read; resume=null starts a new run")
     return None
 
 
