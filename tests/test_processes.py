@@ -126,7 +126,11 @@ def wait_for(condition, seconds=120):
 def running():
     """The main process of a run on two processes that has done some outer steps, and the process id of the other."""
     main = start(*FOREVER)
-    wait_for(lambda: main.poll() is not None or [path for path in Path("runs").rglob("metrics.csv") if path.stat().st_size > 200])
+    wait_for(
+        lambda: (
+            main.poll() is not None or [path for path in Path("runs").rglob("metrics.csv") if path.stat().st_size > 200]
+        )
+    )
     others = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
     (other,) = (int(p) for p in others if b"train_ddp_process_1" in Path(f"/proc/{p}/cmdline").read_bytes())
     return main, other
