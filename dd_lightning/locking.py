@@ -1,6 +1,7 @@
 """Locks that the system takes back when their process ends, however it ends."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the lock of a file until the block ends.
+    """Holds the lock of a file, which names this process, until the block ends.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
@@ -21,4 +22,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             raise
         except OSError:
             pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield

@@ -210,31 +210,32 @@ def test_the_same_run_twice_at_once_is_refused(run, monkeypatch):
     with locked(folder / ".lock"):
         code, error, _ = run("distill", *RUN)
     assert code == 1
-    assert f"this run is going on already in {folder}; resume=null starts another" in error
+    assert f"this run is going on already in {folder} (process {os.getpid()}); resume=null starts another" in error
 
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, run):
-    """SIGKILL at random moments of the process's life, until the run is through; then again."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    longer = [*RUN, "trainer.max_steps=100", "callbacks.resume.every=5"]
-    moments, kills, number = random.Random(0), 0, 0
+    """SIGKILL at random moments of five runs, four times each."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    longer = [*RUN, "trainer.max_steps=600", "callbacks.resume.every=5", "callbacks.pictures.every=100"]
     code, _, reference = run("distill", *longer)
     assert code == 0
-    while kills < 20:
-        number += 1
-        command = [sys.executable, "-m", "dd_lightning.commands.distill", *longer, f"name=killed{number}"]
-        while True:
-            process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
-            folders = Path(f"runs/killed{number}")
-            while process.poll() is None and not list(folders.glob("*/checkpoints/.*")):
-                if list(folders.glob("*/csv")) and moments.random() < 0.02:
-                    break
-                time.sleep(0.02)
+    moments, kills = random.Random(0), 0
+    for number in range(5):
+        runs = Path(f"runs/killed{number}")
+
+        def restart(name=runs.name):
+            command = [sys.executable, "-m", "dd_lightning.commands.distill", *longer, f"name={name}"]
+            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+
+        for _ in range(4):
+            process, started = restart(), time.time()
+            while not any(path.stat().st_mtime > started for path in runs.glob("*/.lock")):
+                time.sleep(0.02)  # imports
+            time.sleep(moments.uniform(0, 3))
             process.kill()
-            process.communicate()
-            if process.returncode == 0:
-                break
-            kills += process.returncode == -signal.SIGKILL
-        (folder,) = folders.iterdir()
+            kills += process.wait() == -signal.SIGKILL
+        assert restart().wait() == 0
+        (folder,) = runs.iterdir()
         assert same(reference, folder.resolve())
+    assert kills == 20

@@ -263,7 +263,10 @@ def alone(folder: Path) -> Iterator[None]:
             try:
                 stack.enter_context(locked(folder / ".lock"))
             except BlockingIOError as error:
-                raise ValueError(f"this run is going on already in {folder}; resume=null starts another") from error
+                holder = (folder / ".lock").read_text().strip()
+                raise ValueError(
+                    f"this run is going on already in {folder} (process {holder}); resume=null starts another"
+                ) from error
         yield
 
 
