@@ -12,10 +12,10 @@ demo: install ## distil ten images from embedded digits, under a minute on two c
 	$(BIN)/dd-distill experiment=demo
 
 test: install ## run the tests (a few minutes)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-all: install ## run the tests, slow ones too
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest -n auto -m ""
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .
