@@ -22,7 +22,7 @@ from dd_lightning.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.picture import draw
 from dd_lightning.processes import rank
 from dd_lightning.seeding import Stream
-from dd_lightning.unroll import StoredUnroll
+from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 class HeldOutEvaluation(Callback):
     """Trains unseen networks on the distilled data; tests them on validation pictures, at the end on the test set.
 
-    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %.
+    Logs `heldout/accuracy_mean`, `_std`, `_before`, and the 95 % interval `_low` to `_high`, in %: of the objective's
+    first measure. Where the objective has more measures, `_before` and `_after` of each.
 
     Args:
         networks: unseen networks per evaluation while distilling (one, where the init is fixed).
@@ -90,24 +91,32 @@ class HeldOutEvaluation(Callback):
         **kwargs: Any,
     ) -> HeldOutResult:
         initial_weights = module.init.held_out(module.network, count, stream)
-        unroll = StoredUnroll(module.unroll.optimizer)
+        unroll = AdjointUnroll(module.unroll.optimizer, batched=None)
         return evaluate_held_out(
-            module.network, initial_weights, distilled, pictures, data.preprocessing, unroll, self.per_step, **kwargs
+            module.network,
+            initial_weights,
+            distilled,
+            pictures,
+            data.preprocessing,
+            unroll,
+            self.per_step,
+            module.objective,
+            **kwargs,
         )
 
 
 @contextmanager
-def progress_of_networks(description: str, total: int) -> Iterator[Any]:
-    """A progress bar over held-out networks; yields the function that advances it."""
+def progress_of_networks(description: str, total: int, done: int = 0, unit: str = "networks") -> Iterator[Any]:
+    """A progress bar over networks, of which some may be done; yields the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("networks"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=get_console(), transient=True, disable=rank() > 0) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, completed=done)
         yield lambda networks: progress.advance(task, networks)
 
 

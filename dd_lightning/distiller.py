@@ -5,18 +5,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dd_lightning.capture import OuterStep
 from dd_lightning.data.datamodule import Batch
 from dd_lightning.distilled import DistilledData
-from dd_lightning.init import RandomInit
-from dd_lightning.networks import predict, stack, unstack
-from dd_lightning.objectives import Classification
+from dd_lightning.init import Init
+from dd_lightning.networks import Weights
+from dd_lightning.objectives import Objective
+from dd_lightning.outer import OuterLoss
 from dd_lightning.processes import check_same
 from dd_lightning.unroll import Unroll
 
@@ -36,19 +37,24 @@ class DatasetDistiller(pl.LightningModule):
         schedule: makes the schedule of the outer step size from the optimizer, advanced every outer step.
         rate_scale: outer step size of η̃ as a multiple of that of the images.
         config: settings that a checkpoint must share before a run may go on from it.
+        precision: of the pass over the real minibatch (line 7): float32 or bfloat16.
+        chunk, capture: as in `OuterStep`.
     """
 
     def __init__(
         self,
         distilled: DistilledData,
         network: nn.Module,
-        init: RandomInit,
+        init: Init,
         unroll: Unroll,
-        objective: Classification,
+        objective: Objective,
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         rate_scale: float = 1.0,
         config: dict[str, Any] | None = None,
+        precision: str = "float32",
+        chunk: int | None = None,
+        capture: bool = True,
     ) -> None:
         super().__init__()
         self.images = nn.Parameter(distilled.images)
@@ -57,6 +63,9 @@ class DatasetDistiller(pl.LightningModule):
         self._initial = distilled
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
+        self.outer_loss = OuterLoss(objective, precision)
+        # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
+        self._outer_step = OuterStep(self.loss, chunk if getattr(unroll, "batched", False) else 1, capture)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self._config = config or {}
 
@@ -74,36 +83,25 @@ class DatasetDistiller(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
         theta_0 = self.init.sample(self.network, self.global_step, self.global_rank, self.trainer.world_size)  # line 4
-        parts = [theta_0] if getattr(self.unroll, "batched", False) else [stack([one]) for one in unstack(theta_0)]
-        self._copies = [self._copy() for _ in parts]
-        loss = torch.zeros((), device=self.device)
-        for part, distilled in zip(parts, self._copies, strict=True):
-            theta_T = self.unroll(self.network, part, distilled.steps())  # line 6, Eq. (9)
-            share = len(next(iter(part.values()))) / self.init.per_step
-            loss = loss + share * self.objective(predict(self.network, theta_T, images), labels)  # line 7
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, reduce_fx="sum")
+        loss, self._gradients = self._outer_step((theta_0, images, labels), self._learned, self.init.per_step)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="sum")
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
 
-    def _copy(self) -> DistilledData:
-        copy = self.distilled.detach()
-        copy.images.requires_grad_()
-        copy.raw_learning_rates.requires_grad_()
-        return copy
+    def loss(self, theta_0: Weights, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """The outer loss of networks that start from θ₀, on a real minibatch."""
+        theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
+        return self.outer_loss(self.network, theta_T, images, labels)  # line 7
+
+    @property
+    def _learned(self) -> list[nn.Parameter]:
+        return [self.images, self.raw_learning_rates]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The gradient with respect to the distilled data, of all processes together.
-
-        Networks that are unrolled one by one have a copy of the data each, whose gradients are added in double
-        precision: then the sum does not depend on which process unrolled which, not even in its last bit.
-        """
-        # Of the leaves only the distilled data: the gradient of θ₀ would cost one more Hessian-vector product.
-        loss.backward(inputs=[leaf for copy in self._copies for leaf in (copy.images, copy.raw_learning_rates)])
-        for name, parameter in self.named_parameters():
-            gradients = [getattr(copy, name).grad for copy in self._copies]
-            wide = parameter.dtype if parameter.device.type == "mps" else torch.float64
-            total = torch.stack(gradients).sum(0, dtype=wide)
-            gradient = self.trainer.strategy.reduce(total, reduce_op="sum").to(parameter.dtype)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
+        for parameter, gradient in zip(self._learned, self._gradients, strict=True):
+            total = self.trainer.strategy.reduce(gradient, reduce_op="sum") / self.trainer.accumulate_grad_batches
+            before = 0 if parameter.grad is None else parameter.grad
+            parameter.grad = before + total.to(parameter.dtype)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer([{"params": [self.images]}, {"params": [self.raw_learning_rates]}])

@@ -1,28 +1,35 @@
 """Held-out evaluation: train unseen networks on distilled data and test each on real pictures."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor, nn
 
 from dd_lightning.data import Preprocessing
 from dd_lightning.data.datasets import Pictures
 from dd_lightning.distilled import DistilledData
-from dd_lightning.networks import Weights, predict, stack
+from dd_lightning.networks import Weights, predict, stack, unstack
+from dd_lightning.objectives import Classification, Measures, Objective
 from dd_lightning.unroll import Unroll
 
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Accuracy in % of each held-out network before training and after GD steps: only the last, or every one."""
+    """Accuracy in % of each held-out network before training and after GD steps: only the last, or every one.
+
+    Attributes:
+        accuracies: by the labels of the objective: its first measure.
+        measures: all measures of the objective, by name.
+    """
 
     accuracies: Float[Tensor, "network point"]
+    measures: dict[str, Float[Tensor, "network point"]] = field(default_factory=dict)
 
     @property
     def before(self) -> float:
@@ -54,6 +61,8 @@ class HeldOutResult:
         named |= {"accuracy_low": low, "accuracy_high": high}
         if self.accuracies.shape[1] > 2:
             named |= {f"accuracy_step_{i:03d}": a for i, a in enumerate(self.accuracies.mean(0).tolist())}
+        for name, measure in self._summary().items():
+            named |= {f"{name}_{point}": value for point, value in measure.items()}
         return {f"{prefix}/{name}": value for name, value in named.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,22 +75,40 @@ class HeldOutResult:
             "accuracy_interval_95": [low, high],
             "accuracy_per_step": self.accuracies.mean(0).tolist() if self.accuracies.shape[1] > 2 else None,
             "accuracies": self.accuracies[:, -1].tolist(),
+            "measures": self._summary(),
         }
+
+    def _summary(self) -> dict[str, dict[str, float]]:
+        """Mean of each measure over networks, where there are others than the accuracy."""
+        if len(self.measures) < 2:
+            return {}
+        means = {name: values.mean(0).tolist() for name, values in self.measures.items()}
+        return {name: {"before": points[0], "after": points[-1]} for name, points in means.items()}
+
+    def lines(self) -> list[str]:
+        """Each measure before and after, for people."""
+        named = self._summary().items()
+        return [f"{name.replace('_', ' ')}: {m['before']:.2f} % → {m['after']:.2f} %" for name, m in named]
 
     def __str__(self) -> str:
         spread = f" ± {self.std:.2f}" if len(self.accuracies) > 1 else ""
-        return f"{self.before:.2f} % → {self.mean:.2f}{spread} %"
+        before = f"{self.before:.2f} % → " if self.accuracies.shape[1] > 1 else ""
+        return f"{before}{self.mean:.2f}{spread} %"
 
 
-def accuracy(
+def confusion(
     network: nn.Module, weights: Weights, pictures: Pictures, preprocessing: Preprocessing, batch_size: int = 500
-) -> Float[Tensor, " init"]:
-    """Accuracy in % of the J networks over all pictures, in batches small enough that memory is used again."""
-    correct = torch.zeros(len(next(iter(weights.values()))), device=pictures.labels.device)
+) -> Int[Tensor, "init true predicted"]:
+    """Predictions of the J networks on all pictures, in batches small enough that memory is used again."""
+    counts = []
     with torch.no_grad():
         for images, labels in zip(pictures.images.split(batch_size), pictures.labels.split(batch_size), strict=True):
-            correct += (predict(network, weights, preprocessing(images)).argmax(2) == labels).sum(1)
-    return 100 * correct.double() / len(pictures)
+            logits = predict(network, weights, preprocessing(images))
+            networks, _, classes = logits.shape
+            cells = labels * classes + logits.argmax(2)
+            cells += torch.arange(networks, device=cells.device)[:, None] * classes**2
+            counts.append(torch.bincount(cells.flatten(), minlength=networks * classes**2))
+    return torch.stack(counts).sum(0).view(networks, classes, classes)
 
 
 def evaluate_held_out(
@@ -92,6 +119,7 @@ def evaluate_held_out(
     preprocessing: Preprocessing,
     unroll: Unroll,
     per_step: bool = False,
+    objective: Objective | None = None,
     chunk: int = 10,
     on_progress: Callable[[int], None] = lambda networks: None,
 ) -> HeldOutResult:
@@ -106,33 +134,43 @@ def evaluate_held_out(
         pictures: real pictures, on the device of the distilled data.
         unroll: the engine that trains.
         per_step: test after every GD step, not only after the last.
+        objective: what the networks are judged by; None is classification.
         chunk: networks that are trained at once.
         on_progress: told the number of networks that each chunk finished.
     """
+    objective = objective or Classification()
     distilled = distilled.detach()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    accuracies = []
+
+    def judged(weights: Weights) -> Measures:
+        return objective.measures(confusion(network, weights, pictures, preprocessing))
+
+    mine: list[Measures] = []  # of each network, at every point
     for theta_0 in _chunks(islice(initial_weights, rank, None, world), chunk):
-        points = [accuracy(network, theta_0, pictures, preprocessing)]
-        theta = theta_0
-        for theta in unroll.trajectory(network, theta_0, distilled.steps(), differentiable=False):
-            if per_step:
-                points.append(accuracy(network, theta, pictures, preprocessing))
-        if not per_step:
-            points.append(accuracy(network, theta, pictures, preprocessing))
-        accuracies.append(torch.stack(points, dim=1).cpu())
-        on_progress(len(accuracies[-1]))
-    mine = torch.cat(accuracies) if accuracies else None
-    if world == 1:
-        assert mine is not None
-        return HeldOutResult(mine)
-    gathered: list[Tensor | None] = [None] * world
-    dist.all_gather_object(gathered, mine)
-    rows = [row for part in gathered if part is not None for row in part]
-    order = [i for r in range(world) if gathered[r] is not None for i in range(r, len(rows), world)]
-    return HeldOutResult(
-        torch.stack([row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])])
-    )
+        trajectory = unroll.trajectory(network, theta_0, distilled.steps())
+        points = judged_along(trajectory, judged, judged(theta_0), per_step)
+        mine += unstack(points)
+        on_progress(len(next(iter(points.values()))))
+    gathered = [mine]
+    if world > 1:
+        gathered = [[] for _ in range(world)]
+        dist.all_gather_object(gathered, mine)
+    rows = [gathered[index % world][index // world] for index in range(sum(map(len, gathered)))]
+    measures = stack(rows)
+    return HeldOutResult(next(iter(measures.values())), measures)
+
+
+def judged_along(
+    trajectory: Iterable[Weights], judged: Callable[[Weights], Measures], before: Measures, per_step: bool
+) -> dict[str, Float[Tensor, "network point"]]:
+    """Measures of networks before training and after every GD step, or the last alone."""
+    points, theta = [before], None
+    for theta in trajectory:
+        if per_step:
+            points.append(judged(theta))
+    if theta is not None and not per_step:
+        points.append(judged(theta))
+    return {name: torch.stack([point[name] for point in points], dim=1).cpu() for name in before}
 
 
 def _chunks(many: Iterator[dict[str, Tensor]], size: int) -> Iterator[Weights]:

@@ -4,8 +4,10 @@ A network here is a template: its own weights are never trained. Its weights liv
 every tensor has a leading axis over the J sampled networks.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 Weights = dict[str, Float[Tensor, "init ..."]]
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """torch's layer, as slow as a convolution on a CPU: without gradients the maximum of slices is faster."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        size = self.kernel_size
+        tiles = size == self.stride and not self.padding and not self.ceil_mode and self.dilation == 1
+        if torch.is_grad_enabled() or not tiles or not isinstance(size, int) or input.device.type != "cpu":
+            return F.max_pool2d(input, size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        rows, columns = (size * (n // size) for n in input.shape[-2:])
+        y = functools.reduce(torch.maximum, [input[..., i:rows:size, :] for i in range(size)])
+        return functools.reduce(torch.maximum, [y[..., i:columns:size] for i in range(size)])
 
 
 class LeNet(nn.Module):
@@ -31,6 +46,7 @@ class LeNet(nn.Module):
             raise ValueError(f"LeNet needs images of at least 12 pixels, not {image_size}")
         padding = 2 if image_size == 28 else 0
         self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=padding)
+        self.pool = MaxPool2d(2)
         self.conv2 = nn.Conv2d(6, 16, 5)
         side = ((image_size + 2 * padding - 4) // 2 - 4) // 2
         self.fc1 = nn.Linear(16 * side * side, 120)
@@ -39,11 +55,21 @@ class LeNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch classes"]:
         # Pooling and ReLU commute; ReLU has a quarter of the work after the pool.
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.pool(self.conv1(x)))
+        x = F.relu(self.pool(self.conv2(x)))
         x = F.relu(self.fc1(x.flatten(1)))
         x = F.relu(self.fc2(x))
         return self.fc3(x)
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """torch's layer with the sum over neighbouring channels as a 1×1 convolution: several times faster on a CPU."""
+
+    def forward(self, input: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        channels = input.shape[1]
+        band = input.new_ones(channels, channels).triu(-(self.size // 2)).tril((self.size - 1) // 2)
+        total = F.conv2d(input * input, band[:, :, None, None])
+        return input * (self.k + self.alpha / self.size * total) ** -self.beta
 
 
 class AlexCifarNet(nn.Module):
@@ -59,7 +85,7 @@ class AlexCifarNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 5, padding=2)
         self.conv2 = nn.Conv2d(64, 64, 5, padding=2)
-        self.norm = nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1)
+        self.norm = LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         side = ((image_size + 1) // 2 + 1) // 2
         self.fc1 = nn.Linear(64 * side * side, 384)
@@ -129,7 +155,24 @@ def predict(
 ) -> Float[Tensor, "init batch classes"]:
     """Logits of the J networks on the same images, in eval mode."""
     with evaluating(network):
-        return forward_each(network, weights, images)
+        return forward_each(network, weights, images.to(memory_format=memory_format(network, images)))
+
+
+_FORMATS: WeakKeyDictionary[nn.Module, torch.memory_format] = WeakKeyDictionary()
+
+
+def memory_format(network: nn.Module, images: Float[Tensor, "batch c h w"]) -> torch.memory_format:
+    """The format of many real images that a network is fastest on: channels last, on CPUs, where it takes that."""
+    if images.device.type != "cpu":
+        return torch.contiguous_format
+    if network not in _FORMATS:
+        _FORMATS[network] = torch.channels_last
+        try:
+            with torch.no_grad():
+                network(images[:2].to(memory_format=torch.channels_last))
+        except RuntimeError:  # such as a `view` of what channels last leaves scattered
+            _FORMATS[network] = torch.contiguous_format
+    return _FORMATS[network]
 
 
 def check_network(network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:

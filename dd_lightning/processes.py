@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from dd_lightning.init import RandomInit
+from dd_lightning.init import Init
 from dd_lightning.resolvers import RUN_FOLDER, task_overrides
 
 PARENT = "DD_PARENT"  # process that started the others on its machine
@@ -88,7 +88,7 @@ def check_strategy(strategy: object) -> None:
     raise ValueError(f"trainer.strategy={strategy} {reason}; use trainer=ddp")
 
 
-def check_processes(trainer: pl.Trainer, init: RandomInit) -> None:
+def check_processes(trainer: pl.Trainer, init: Init) -> None:
     """Refuses what cannot be split over the processes of `trainer`.
 
     Raises:

@@ -22,6 +22,8 @@ class Stream(IntEnum):
     AUGMENTATION = 4
     DISTILLED = 5
     SPLIT = 6
+    PRETRAINING = 7
+    BASELINE = 8
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:

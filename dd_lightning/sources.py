@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from dd_lightning.checks import check_count, check_positive
 from dd_lightning.data import RealData
@@ -10,9 +12,35 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.seeding import Stream, generator
 
 
-def _labels(data: RealData, steps: int, images_per_class: int) -> torch.Tensor:
+def class_labels(data: RealData, steps: int, images_per_class: int = 1) -> Int[Tensor, "step batch"]:
+    """`images_per_class` images of each class in every GD step, in class order.
+
+    Raises:
+        ValueError: a count below 1.
+    """
     check_count(steps=steps, images_per_class=images_per_class)
     return torch.arange(data.num_classes).repeat(images_per_class).expand(steps, -1).contiguous()
+
+
+def real_images(
+    data: RealData, labels: Int[Tensor, "step batch"], random: torch.Generator
+) -> Float[Tensor, "step batch c h w"]:
+    """Different random training images of the classes in `labels`.
+
+    Raises:
+        ValueError: fewer real images of a class than asked for.
+    """
+    images = torch.empty((*labels.shape, *data.preprocessing.image_shape))
+    for label in range(data.num_classes):
+        members = (data.train.labels == label).nonzero().flatten()
+        places = labels == label
+        if len(members) < places.sum():
+            raise ValueError(
+                f"class {label} has {len(members)} training images, but {int(places.sum())} were asked for"
+            )
+        chosen = members[torch.randperm(len(members), generator=random)[: int(places.sum())]]
+        images[places] = data.preprocessing(data.train.images[chosen])
+    return images
 
 
 def noise(
@@ -30,7 +58,7 @@ def noise(
         ValueError: a count below 1, or a learning rate or std that is not positive.
     """
     check_positive(std=std)
-    labels = _labels(data, steps, images_per_class)
+    labels = class_labels(data, steps, images_per_class)
     shape = (*labels.shape, *data.preprocessing.image_shape)
     images = std * torch.randn(shape, generator=generator(seed, Stream.DISTILLED))
     return DistilledData.create(images, labels, epochs, learning_rate)
@@ -49,18 +77,8 @@ def real(
     Raises:
         ValueError: a count below 1, a learning rate that is not positive, or fewer real images of a class than asked.
     """
-    labels = _labels(data, steps, images_per_class)
-    random = generator(seed, Stream.DISTILLED)
-    images = torch.empty((*labels.shape, *data.preprocessing.image_shape))
-    for label in range(data.num_classes):
-        members = (data.train.labels == label).nonzero().flatten()
-        places = labels == label
-        if len(members) < places.sum():
-            raise ValueError(
-                f"class {label} has {len(members)} training images, but {int(places.sum())} were asked for"
-            )
-        chosen = members[torch.randperm(len(members), generator=random)[: int(places.sum())]]
-        images[places] = data.preprocessing(data.train.images[chosen])
+    labels = class_labels(data, steps, images_per_class)
+    images = real_images(data, labels, generator(seed, Stream.DISTILLED))
     return DistilledData.create(images, labels, epochs, learning_rate)
 
 

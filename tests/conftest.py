@@ -2,12 +2,16 @@
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from dd_lightning.networks import stack
+from dd_lightning.population import Population, class_name
 
 torch.set_num_threads(1)
 
@@ -56,13 +60,33 @@ class BatchNormNet(nn.Module):
         return self.fc(self.norm(self.conv(x)).flatten(1))
 
 
+def write_population(path, network, image_shape, classes, networks=3, held_out=2, weights=None):
+    """A population of networks whose weights are all their index (held-out ones: from 100), or made by `weights`."""
+    shapes = {name: list(p.shape) for name, p in network.named_parameters()}
+    counts = {"train": networks, "held_out": held_out}
+    card = {
+        "class": class_name(network),
+        "shapes": shapes,
+        "classes": classes,
+        "preprocessing": {"channels": image_shape[0], "image_size": image_shape[1]},
+        "parts": {part: {"networks": count, "seed": seed} for seed, (part, count) in enumerate(counts.items())},
+    }
+    population = Population(path, card)
+    population.write_card()
+    make = weights or (lambda index: {name: torch.full(shape, float(index)) for name, shape in shapes.items()})
+    for part, count in counts.items():
+        for start in range(0, count, 2):
+            indices = range(start, min(start + 2, count))
+            chunk = stack([make(index + (100 if part == "held_out" else 0)) for index in indices])
+            population.write(part, start, chunk, torch.tensor(list(map(float, indices)), dtype=torch.float64))
+    return population
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
     """Runs a command in this process from a folder of its own; returns exit code, stderr and the run's folder."""
-    from dd_lightning.commands import bench, distill, evaluate
-
     monkeypatch.chdir(tmp_path)
-    for name in ("DD_TRACEBACK", "DD_DATA_DIR", "DD_RUNS_DIR"):
+    for name in ("DD_TRACEBACK", "DD_DATA_DIR", "DD_POPULATIONS_DIR", "DD_RUNS_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
 
@@ -70,7 +94,7 @@ def run(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [f"dd-{command}", *overrides])
         before = set(Path("runs").glob("*/*"))
         try:
-            {"distill": distill.main, "evaluate": evaluate.main, "bench": bench.main}[command]()
+            import_module(f"dd_lightning.commands.{command}").main()
             code, message = 0, ""
         except SystemExit as stop:
             code, message = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))

@@ -17,8 +17,10 @@ def test_bench_times_every_engine(run):
     small = ("networks=[lenet]", "per_step.lenet=[2]", "steps=[2,3]", "repeats=1", "batch_size=8")
     code, error, folder = run("bench", *small)
     assert (code, error) == (0, "")
-    rows = json.loads((folder / "bench.json").read_text())["rows"]
-    engines = {"higher", "functional", "batched", "recompute"}
+    content = json.loads((folder / "bench.json").read_text())
+    rows, lightning = content["rows"], content["framework"]
+    assert all(lightning[part] > 0 for part in ("step", "data", "rest"))
+    engines = {"higher", "functional", "functional_bfloat16", "batched", "batched_bfloat16", "recompute"}
     assert {(row["engine"], row["steps"]) for row in rows} == {(e, t) for e in engines for t in (2, 3)}
     for row in rows:
         parts = sum(row[f"seconds_{part}"] for part in ("init", "inner", "outer", "backward", "update"))
@@ -27,17 +29,17 @@ def test_bench_times_every_engine(run):
 
 
 def test_running_out_of_memory_is_a_row(run, monkeypatch):
-    from dd_lightning.unroll import RecomputeUnroll
+    from dd_lightning.unroll import FunctionalUnroll
 
     def full(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(RecomputeUnroll, "__call__", full)
-    small = ("networks=[lenet]", "per_step.lenet=[1]", "steps=[1]", "repeats=1", "batch_size=8")
+    monkeypatch.setattr(FunctionalUnroll, "__call__", full)
+    small = ("networks=[lenet]", "per_step.lenet=[1]", "steps=[1]", "repeats=1", "batch_size=8", "framework=false")
     code, _, folder = run("bench", *small)
     assert code == 0
     rows = {row["engine"]: row for row in json.loads((folder / "bench.json").read_text())["rows"]}
-    assert rows["recompute"]["failure"] == "out of memory"
+    assert rows["functional"]["failure"] == "out of memory"
     assert rows["higher"]["failure"] is None
 
 

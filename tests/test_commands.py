@@ -1,8 +1,10 @@
 """Commands as a user runs them: what they leave behind, and bad input in one line."""
 
+import functools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,11 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_population
 from safetensors.torch import save_file
 
-from dd_lightning import DistilledData
+from dd_lightning import AlexCifarNet, DistilledData, LeNet
 from dd_lightning.commands.launch import CONF
+from dd_lightning.init import RandomInit
+from dd_lightning.seeding import Stream
 
+POPULATIONS = (
+    ("mnist_lenet", LeNet(1, 28), (1, 28)),
+    ("usps_lenet", LeNet(1, 28), (1, 28)),
+    ("svhn_lenet", LeNet(3, 32), (3, 32)),
+    ("cifar10_alexcifarnet", AlexCifarNet(3, 32), (3, 32)),
+)
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom")
 TOY += ("network._target_=conftest.SmallNet", "batch_size=16")
@@ -86,11 +97,43 @@ def test_resume_goes_on_and_refuses_another_config(run):
     assert torch.equal(one.images, other.images)
 
 
+@pytest.mark.parametrize("kind", ["fixed", "random"])
+def test_pretrain_then_poison_then_evaluate(run, kind, tmp_path):
+    here = (*TOY[:5], "name=toy", "networks=3", "held_out_networks=2", "workers=1", "recipe.epochs=5", "recipe.lr=0.01")
+    assert run("pretrain", *here)[:2] == (0, "")
+    poison = (f"init={kind}_pretrained", "init.population=toy", "objective=poisoning", "init.per_step=1")
+    code, error, folder = run("distill", *SHORT, *poison, "callbacks.held_out.networks=1")
+    assert (code, error) == (0, "")
+    test = json.loads((folder / "result.json").read_text())["test"]
+    assert test["networks"] == (1 if kind == "fixed" else 2)
+    assert test["measures"]["accuracy_modified_labels"]["after"] == test["accuracy_mean"]
+    assert test["measures"]["accuracy_true_labels"]["before"] > 60
+    assert {"attack_share", "accuracy_class_0", "accuracy_class_2"} < set(test["measures"])
+    metrics = (folder / "csv" / "version_0" / "metrics.csv").read_text()
+    assert "heldout/attack_share_after" in metrics
+    assert (DistilledData.load(folder).initial_weights is not None) == (kind == "fixed")
+
+    where = ("distilled=learned", f"distilled.path={folder}", "network._target_=conftest.SmallNet")
+    shutil.move("populations", "elsewhere")
+    if kind == "random":
+        code, error, _ = run("evaluate", *where)
+        assert code == 1
+        assert "dd-pretrain pretrain=toy populations_dir=populations" in error
+        where += ("populations_dir=elsewhere",)
+    code, error, again = run("evaluate", *where)
+    assert (code, error) == (0, "")
+    assert json.loads((again / "result.json").read_text())["test"] == test
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_runs(run, experiment, packed):
+def test_every_experiment_runs(run, experiment, packed, tmp_path):
     import numpy as np
 
-    for name, size, channels in (("mnist", 28, None), ("cifar10", 32, 3)):
+    for name, network, shape in POPULATIONS:
+        init = RandomInit()
+        weights = functools.partial(init.draw, network, Stream.PRETRAINING)
+        write_population(tmp_path / "populations" / name, network, shape, 10, weights=weights)
+    for name, size, channels in (("mnist", 28, None), ("usps", 16, None), ("cifar10", 32, 3)):
         labels = {f"{part}_labels": np.arange(count) % 10 for part, count in (("train", 60), ("test", 30))}
         packed(name, classes=10, size=size, channels=channels, **labels)
     overrides = ["trainer.max_steps=1", "init.per_step=1", "batch_size=8", "callbacks.held_out.test_networks=2"]
@@ -112,6 +155,11 @@ BAD = {
     "batch_size=0": "batch_size must",
     "trainer.max_steps=0": "trainer.max_steps must",
     "optimizer.lr=0": "optimizer.lr must",
+    "init=random_pretrained": "init.population=NAME_OR_PATH",
+    "init=random_pretrained init.population=mnist": "dd-pretrain pretrain=mnist populations_dir=populations",
+    "init=fixed_pretrained init.population=mnist_lenet init.per_step=2": "a fixed init has one network",
+    "objective=poisoning objective.target_class=0": "attack_class and target_class are both 0",
+    "objective=poisoning objective.attack_class=3": "there is no attack_class 3 among the classes 0 to 2",
     "dataset.path=nowhere.npz": "there is no packed data set at nowhere.npz",
     "dataset.image_size=20 network=lenet network.image_size=28": "does not take the data set's 1×20×20 images",
     "network._target_=conftest.BatchNormNet": "running_mean",
@@ -240,9 +288,9 @@ def test_the_best_of_all_evaluations_is_kept(run, monkeypatch, last_is_best):
 
 
 def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, monkeypatch):
-    from dd_lightning.unroll import StoredUnroll
+    from dd_lightning.unroll import FunctionalUnroll
 
-    unroll, calls = StoredUnroll.trajectory, []
+    unroll, calls = FunctionalUnroll.unroll, []
 
     def full(self, *args, **kwargs):
         calls.append(1)
@@ -250,9 +298,9 @@ def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, m
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return unroll(self, *args, **kwargs)
 
-    monkeypatch.setattr(StoredUnroll, "trajectory", full)
+    monkeypatch.setattr(FunctionalUnroll, "unroll", full)
     code, error, folder = run("distill", *SHORT, "callbacks.held_out.every=4")
     assert code == 1
     assert "out of memory at outer step 2" in error
-    assert "unroll=recompute, a smaller init.per_step" in error
+    assert "a chunk of networks, unroll=recompute, a smaller init.per_step" in error
     assert DistilledData.load(folder / "last_good.safetensors").images.isfinite().all()

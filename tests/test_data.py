@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dd_lightning.data import Digits, Packed, Preprocessing, RealData, TorchvisionDataset
+from dd_lightning.data import Digits, OwnMinibatches, Packed, Preprocessing, RealData, TorchvisionDataset
 from dd_lightning.data.augmentation import random_crop, random_flip
 from dd_lightning.data.packed import load_packed
+from dd_lightning.networks import LeNet, check_network
 
 
 def real_data(path, batch_size=16, seed=0, **form):
@@ -49,6 +50,19 @@ def test_a_minibatch_depends_on_seed_and_step_alone(packed):
     assert not torch.equal(real_data(path, seed=1, **form).minibatch(5)[0], straight[5][0])
 
 
+@pytest.mark.parametrize("form", [{}, {"crop_padding": 2, "flip": True}])
+def test_minibatches_of_many_streams_are_those_of_each(packed, form):
+    data = real_data(packed(channels=3), **form)
+    streams = [data.reseeded(seed) for seed in (4, 5, 6)]
+    cut = OwnMinibatches(streams)
+    for step in (0, 3, 5):
+        images, labels = cut(step)
+        for j, stream in enumerate(streams):
+            alone = stream.minibatch(step)
+            assert torch.equal(images[j], alone[0])
+            assert torch.equal(labels[j], alone[1])
+
+
 def test_form_is_an_option(packed):
     train, _, preprocessing, classes = Packed(
         str(packed()), channels=3, image_size=16, mean=[0.5], std=[0.25], validation=10
@@ -56,8 +70,26 @@ def test_form_is_an_option(packed):
     assert train.images.shape[1:] == (3, 16, 16)
     assert preprocessing == Preprocessing(3, 16, [0.5] * 3, [0.25] * 3)
     assert classes == 3
-    grey, *_ = Packed(str(packed("color", channels=3)), channels=1, validation=10).load()
+    of_three = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    grey, _, preprocessing, _ = Packed(str(packed("color", channels=3)), channels=1, validation=10, **of_three).load()
     assert grey.images.shape[1:] == (1, 12, 12)
+    assert preprocessing.mean == pytest.approx([grey.images.double().mean().item() / 255])
+
+
+@pytest.mark.parametrize("size", [16, 28, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("stored_size", "stored_channels"), [(16, None), (28, None), (32, 3)])  # USPS, MNIST, SVHN
+def test_digits_of_every_kind_are_brought_to_one_form(packed, size, channels, stored_size, stored_channels):
+    path = packed(size=stored_size, channels=stored_channels)
+    mean_of_stored = [0.4] * (stored_channels or 1)
+    form = {"image_size": size, "channels": channels, "mean": mean_of_stored, "std": mean_of_stored}
+    data = RealData(Packed(str(path), validation=10, **form), batch_size=8)
+    data.setup()
+    images, _ = data.minibatch(0)
+    assert images.shape == (8, channels, size, size)
+    check_network(LeNet(channels, size, 3), data.preprocessing.image_shape, 3)
+    if channels == 3 and stored_channels is None:
+        assert torch.equal(images[:, 0], images[:, 2])
 
 
 def test_preprocessing_and_its_inverse():

@@ -17,7 +17,7 @@ from dd_lightning.init import FixedInit, RandomInit
 from dd_lightning.networks import predict
 from dd_lightning.objectives import Classification
 from dd_lightning.sources import noise, real
-from dd_lightning.unroll import HigherUnroll, StoredUnroll
+from dd_lightning.unroll import FunctionalUnroll, HigherUnroll
 
 
 def build(path, init=None, unroll=None, learning_rate=0.1, rate_scale=1.0, config=None, form=None):
@@ -29,7 +29,7 @@ def build(path, init=None, unroll=None, learning_rate=0.1, rate_scale=1.0, confi
         noise(data, steps=2, epochs=2, learning_rate=learning_rate),
         network,
         init or RandomInit(per_step=2),
-        unroll or StoredUnroll(),
+        unroll or FunctionalUnroll(),
         Classification(),
         lambda groups: torch.optim.Adam(groups, lr=0.05, betas=(0.5, 0.999)),
         lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5),
@@ -60,7 +60,7 @@ def test_its_parameters_are_the_distilled_data_alone(packed):
     assert list(distiller.children()) == []
 
 
-@pytest.mark.parametrize("unroll", [StoredUnroll(), HigherUnroll()])
+@pytest.mark.parametrize("unroll", [FunctionalUnroll(), HigherUnroll()])
 def test_three_outer_steps_by_hand(packed, tmp_path, unroll):
     """Algorithm 1 written out, with its own Adam, gives the same distilled data."""
     data, distiller = build(packed(), unroll=unroll, rate_scale=0.5)
@@ -71,7 +71,7 @@ def test_three_outer_steps_by_hand(packed, tmp_path, unroll):
     optimizer = torch.optim.Adam(groups, lr=0.05, betas=(0.5, 0.999))
     for step in range(3):
         images, labels = data.minibatch(step)
-        theta = StoredUnroll()(distiller.network, distiller.init.sample(distiller.network, step), by_hand.steps())
+        theta = FunctionalUnroll()(distiller.network, distiller.init.sample(distiller.network, step), by_hand.steps())
         losses = [F.cross_entropy(logits, labels) for logits in predict(distiller.network, theta, images)]
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()

@@ -11,7 +11,7 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.init import RandomInit
 from dd_lightning.seeding import Stream
-from dd_lightning.unroll import Momentum, StoredUnroll
+from dd_lightning.unroll import FunctionalUnroll, Momentum
 
 
 def test_equals_training_and_testing_by_hand():
@@ -27,7 +27,7 @@ def test_equals_training_and_testing_by_hand():
         data,
         pictures,
         preprocessing,
-        StoredUnroll(Momentum()),
+        FunctionalUnroll(Momentum()),
         per_step=True,
         chunk=2,
         on_progress=done.append,

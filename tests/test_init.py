@@ -84,4 +84,4 @@ def test_parameters_that_cannot_be_drawn_are_refused():
             self.token = nn.Parameter(torch.zeros(3))
 
     with pytest.raises(ValueError, match="token"):
-        RandomInit().check(Token())
+        RandomInit().check(Token(), (1, 6, 6), 3)

@@ -5,7 +5,7 @@ import torch
 from conftest import BatchNormNet, SmallNet
 from torch import nn
 
-from dd_lightning.networks import AlexCifarNet, LeNet, check_network, predict, stack
+from dd_lightning.networks import AlexCifarNet, LeNet, LocalResponseNorm, MaxPool2d, check_network, predict, stack
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,19 @@ def test_predict_runs_each_network_in_eval_mode():
         network.load_state_dict(single)
         network.eval()
         torch.testing.assert_close(found, network(images))
+
+
+def test_local_response_norm_is_that_of_torch():
+    x = torch.randn(2, 7, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for size in (1, 4, 5):
+        options = {"alpha": 0.3, "beta": 0.75, "k": 1.5}
+        torch.testing.assert_close(LocalResponseNorm(size, **options)(x), nn.LocalResponseNorm(size, **options)(x))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_max_pooling_is_that_of_torch(size):
+    x = torch.randn(3, 2, 8, 7, generator=torch.Generator().manual_seed(0))
+    expected = nn.MaxPool2d(size)(x)
+    assert torch.equal(MaxPool2d(size)(x), expected)
+    with torch.no_grad():
+        assert torch.equal(MaxPool2d(size)(x), expected)

@@ -10,14 +10,15 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
-from dd_lightning.unroll import Adam, HigherUnroll, Momentum, RecomputeUnroll, StoredUnroll
+from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum
 
 ENGINES = [
     HigherUnroll,
-    StoredUnroll,
-    pytest.param(lambda **k: StoredUnroll(batched=True, **k), id="batched"),
-    RecomputeUnroll,
-    pytest.param(lambda **k: RecomputeUnroll(batched=False, offload=True, **k), id="recompute_looped"),
+    FunctionalUnroll,
+    pytest.param(AdjointUnroll, id="batched"),
+    pytest.param(lambda **k: AdjointUnroll(batched=False, **k), id="looped"),
+    pytest.param(lambda **k: AdjointUnroll(recompute=True, **k), id="recompute"),
+    pytest.param(lambda **k: AdjointUnroll(batched=False, recompute=True, offload=True, **k), id="offload"),
 ]
 
 
@@ -110,7 +111,7 @@ def test_trajectory_is_the_same_with_and_without_gradients(engine):
     network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3)
     before = {name: value.clone() for name, value in theta_0.items()}
     with torch.no_grad():
-        points = list(engine().trajectory(network, theta_0, data.steps(), differentiable=False))
+        points = list(engine().trajectory(network, theta_0, data.steps()))
     assert len(points) == 4
     assert not points[-1]["fc.weight"].requires_grad
     torch.testing.assert_close(points[-1], engine()(network, theta_0, data.steps()))
@@ -123,7 +124,7 @@ def test_engines_train_like_distilled_data_do():
     """`DistilledData.train` and the engines are the same inner loop."""
     network, _, data, _ = problem(SmallNet(), (1, 6, 6), 3)
     start = stack([{name: value.detach().clone() for name, value in network.named_parameters()}])
-    theta = StoredUnroll()(network, start, data.steps())
+    theta = FunctionalUnroll()(network, start, data.steps())
     data.train(network)
     for name, value in network.named_parameters():
         torch.testing.assert_close(value, theta[name][0])
@@ -144,7 +145,7 @@ def test_every_engine_and_inner_optimizer_equals_higher(engine, optimizer, netwo
 @pytest.mark.parametrize("optimizer", [Momentum(0.8), Adam((0.8, 0.9), eps=1e-12)])
 def test_inner_optimizers_are_those_of_torch(optimizer):
     network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3, per_step=1, learning_rate=0.05)
-    theta = StoredUnroll(optimizer)(network, theta_0, data.steps())
+    theta = FunctionalUnroll(optimizer)(network, theta_0, data.steps())
     network.load_state_dict({name: value[0] for name, value in theta_0.items()})
     network.eval()
     by_torch = optimizer.torch_optimizer(network.parameters())

@@ -6,28 +6,36 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.profilers import SimpleProfiler
 from rich import get_console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 from dd_lightning.atomic import write_json
-from dd_lightning.callbacks import is_out_of_memory
+from dd_lightning.callbacks import LastGood, ProgressBar, is_out_of_memory
 from dd_lightning.checks import check_choice, check_count
 from dd_lightning.commands.build import hardware, versions
 from dd_lightning.commands.launch import command
+from dd_lightning.cpu import release_freed_memory
+from dd_lightning.data import Digits, RealData
 from dd_lightning.distilled import DistilledData
+from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, predict
+from dd_lightning.networks import AlexCifarNet, LeNet
 from dd_lightning.objectives import Classification
-from dd_lightning.unroll import Unroll
+from dd_lightning.outer import OuterLoss
+from dd_lightning.unroll import FunctionalUnroll, Unroll
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "lenet": (LeNet, (1, 28, 28)),
@@ -50,6 +58,13 @@ class Measured:
     @property
     def total(self) -> float:
         return statistics.median(sum(step.values()) for step in self.seconds)
+
+
+class Engine(NamedTuple):
+    """How an outer step is computed."""
+
+    unroll: Unroll
+    outer_loss: OuterLoss
 
 
 class OuterStep:
@@ -75,14 +90,14 @@ class OuterStep:
         self.real = torch.randn(batch_size, *shape, device=device), torch.randint(10, (batch_size,), device=device)
         self.count = 0
 
-    def run(self, unroll: Unroll) -> dict[str, float]:
+    def run(self, engine: Engine) -> dict[str, float]:
         """Seconds of each part."""
         clock = Clock(self.device)
         theta_0 = self.init.sample(self.network, self.count)
         clock.lap("init")
-        theta_T = unroll(self.network, theta_0, self.distilled.steps())
+        theta_T = engine.unroll(self.network, theta_0, self.distilled.steps())
         clock.lap("inner")
-        loss = Classification()(predict(self.network, theta_T, self.real[0]), self.real[1])
+        loss = engine.outer_loss(self.network, theta_T, *self.real)
         clock.lap("outer")
         loss.backward(inputs=[self.distilled.images, self.distilled.raw_learning_rates])
         clock.lap("backward")
@@ -123,6 +138,7 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
     if not reset.exists():
         work()
         return 0
+    release_freed_memory()
     reset.write_text("5")  # the peak of resident memory starts anew
 
     def kilobytes(key: str) -> int:
@@ -145,20 +161,75 @@ def bench(cfg: DictConfig) -> None:
     if device.type == "cpu":
         limit_memory(cfg.gigabytes)
     torch.manual_seed(cfg.seed)
-    engines: dict[str, Unroll] = {name: instantiate(engine) for name, engine in cfg.engines.items()}
+    engines = {
+        name: Engine(instantiate(engine.unroll), OuterLoss(Classification(), engine.precision))
+        for name, engine in cfg.engines.items()
+    }
     settings = [(n, j, t) for n in cfg.networks for j in cfg.per_step[n] for t in cfg.steps]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    content: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "batch_size": cfg.batch_size,
+        "rows": rows,
+    }
     folder = Path(HydraConfig.get().runtime.output_dir)
     for network, per_step, steps in settings:
         title = f"{network}, J = {per_step}, T = {steps}"
         measured = measure(OuterStep(network, per_step, steps, cfg.batch_size, device), engines, cfg.repeats, title)
         get_console().print(table(measured, f"{title}, B = {cfg.batch_size}"))
         rows += [as_row(network, per_step, steps, name, m, measured) for name, m in measured.items()]
-        content = {"hardware": hardware(), "versions": versions(), "batch_size": cfg.batch_size, "rows": rows}
         write_json(folder / "bench.json", content)
+    if cfg.framework:
+        seconds = framework(cfg, device, folder)
+        write_json(folder / "bench.json", content | {"framework": seconds})
+        step, added = seconds["step"], seconds["data"] + seconds["rest"]
+        get_console().print(
+            f"Lightning, data, callbacks and logging add {1e3 * added:.2f} ms to {1e3 * step:.1f} ms of an outer step "
+            f"({100 * added / step:.1f} %; LeNet on digits, J = 1, T = 3, B = {cfg.batch_size})"
+        )
 
 
-def measure(step: OuterStep, engines: dict[str, Unroll], repeats: int, title: str) -> dict[str, Measured]:
+def framework(cfg: DictConfig, device: torch.device, folder: Path) -> dict[str, float]:
+    """Seconds of an outer step in a Lightning run: of the step itself, of the data, and of all else."""
+    data = RealData(Digits("digits", image_size=28, validation=200), cfg.batch_size, cfg.seed)
+    data.setup()
+    labels = torch.arange(10).expand(1, -1)
+    distilled = DistilledData.create(torch.randn(1, 10, 1, 28, 28), labels, 3, 0.02)
+    adam = partial(torch.optim.Adam, lr=1e-3)
+    distiller = DatasetDistiller(distilled, LeNet(), RandomInit(), FunctionalUnroll(), Classification(), adam)
+    profiler = _Quiet()
+    trainer = pl.Trainer(
+        max_steps=20 * cfg.repeats,
+        max_epochs=-1,
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1,
+        profiler=profiler,
+        logger=CSVLogger(folder, name="framework"),
+        callbacks=[LastGood(), ProgressBar()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(distiller, datamodule=data)
+
+    def per_step(*actions: str) -> float:
+        found = profiler.recorded_durations.items()
+        return sum(sum(s) for name, s in found if name.endswith(actions)) / trainer.max_steps
+
+    hooks = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+    step = per_step("DatasetDistiller.optimizer_step") - per_step(*(f"LastGood.{hook}" for hook in hooks))
+    fetch = per_step("train_dataloader_next")
+    return {"step": step, "data": fetch, "rest": per_step("run_training_epoch") - step - fetch}
+
+
+class _Quiet(SimpleProfiler):
+    """Prints no table of its own."""
+
+    def describe(self) -> None:
+        pass
+
+
+def measure(step: OuterStep, engines: dict[str, Engine], repeats: int, title: str) -> dict[str, Measured]:
     """The engines in turn, after one step of each that is not timed and gives the peak of memory."""
     measured = {name: Measured() for name in engines}
     for repeat in track(range(repeats + 1), description=title, console=get_console(), transient=True):

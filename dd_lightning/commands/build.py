@@ -12,11 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from dd_lightning.baselines import Sets
 from dd_lightning.commands.launch import named
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.init import RandomInit
+from dd_lightning.init import Init
 from dd_lightning.networks import check_network
+from dd_lightning.objectives import Objective
 
 # What distilled data are made for, and what an evaluation takes over from their card.
 CARD_GROUPS = ("dataset", "network", "init", "objective", "inner")
@@ -35,16 +37,38 @@ def build_data(cfg: DictConfig) -> RealData:
     return data
 
 
-def build_network(cfg: DictConfig, data: RealData, init: RandomInit) -> nn.Module:
+def build_network(cfg: DictConfig, data: RealData, init: Init) -> nn.Module:
     """The network template, checked against the data set and the init."""
     network = instantiate(cfg.network)
     check_network(network, data.preprocessing.image_shape, data.num_classes)
-    init.check(network)
+    init.check(network, data.preprocessing.image_shape, data.num_classes)
     return network
 
 
+def build_objective(cfg: DictConfig, data: RealData) -> Objective:
+    objective = instantiate(cfg.objective)
+    objective.check(data.num_classes)
+    return objective
+
+
+def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = None) -> Sets:
+    """The distilled data, of which a baseline has several sets, with the labels that the objective asks for."""
+    made = instantiate(cfg.distilled, data=data)
+    if not isinstance(made, Sets):
+        return Sets([made])
+    return made if objective is None else made.relabelled(objective)
+
+
 def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:
-    return instantiate(cfg.distilled, data=data)
+    """The distilled data to start from; of a baseline the first set.
+
+    Raises:
+        ValueError: there are none, or they are candidates that only an evaluation can choose from.
+    """
+    sets = build_sets(cfg, data)
+    if sets.keep is not None or not sets.members:
+        raise ValueError("these distilled data are for dd-evaluate alone; start from distilled=random_real or kmeans")
+    return sets.members[0]
 
 
 def settings(cfg: DictConfig, group: str) -> dict[str, Any]:

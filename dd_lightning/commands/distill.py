@@ -19,11 +19,19 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import HeldOutEvaluation, LastGood, is_out_of_memory, log_picture
 from dd_lightning.checks import check_count, check_positive, check_whole
-from dd_lightning.commands.build import build_data, build_distilled, build_network, hardware, make_card, settings
+from dd_lightning.commands.build import (
+    build_data,
+    build_distilled,
+    build_network,
+    build_objective,
+    hardware,
+    make_card,
+    settings,
+)
 from dd_lightning.commands.launch import check_resolved, command, named
 from dd_lightning.data import RealData
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.init import FixedInit
+from dd_lightning.init import OneNetwork
 from dd_lightning.interruption import interrupted_at_once
 from dd_lightning.locking import locked
 from dd_lightning.loggers import CSVLogger, wandb_logger
@@ -62,6 +70,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     check_inside(folder, cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
+    objective = build_objective(cfg, data)
     init = instantiate(cfg.init)
     network = build_network(cfg, data, init)
     distilled = build_distilled(cfg, data)
@@ -70,17 +79,20 @@ def run(cfg: DictConfig, folder: Path) -> float:
         if not isinstance(unroll.optimizer, InnerOptimizer):
             raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
         unroll.check(network, init.sample(network, step=0), distilled.images[0])
-    weights = init.weights(network) if isinstance(init, FixedInit) else None
+    weights = init.weights(network) if isinstance(init, OneNetwork) else None
     distiller = DatasetDistiller(
         replace(distilled, card=make_card(cfg, data), initial_weights=weights),
         network,
         init,
         unroll,
-        instantiate(cfg.objective),
+        objective,
         instantiate(cfg.optimizer),
         instantiate(cfg.schedule),
         cfg.rate_scale,
         computed_from(cfg, data),
+        cfg.precision,
+        cfg.chunk,
+        cfg.capture,
     )
     check_outer(distiller)
     checkpoint = find_checkpoint(cfg.resume, folder)
@@ -124,7 +136,7 @@ def explained(error: Exception, trainer: pl.Trainer) -> Exception | None:
         kept = next((c.kept(trainer) for c in trainer.callbacks if isinstance(c, LastGood)), "nothing was kept")  # type: ignore[attr-defined]
         return MemoryError(
             f"out of memory {at} ({' '.join(str(error).split())[:120]}); {kept}; "
-            "unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
+            "a chunk of networks, unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
         )
     return None
 
@@ -186,6 +198,8 @@ def finish(cfg: DictConfig, trainer: pl.Trainer, distiller: DatasetDistiller, da
         networks = "the fixed network"
     images = distilled.images.shape[0] * distilled.images.shape[1]
     log.info(f"test accuracy of {networks}, trained on {images} distilled images: {result}")
+    for line in result.lines():
+        log.info(f"  {line}")
     log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
     return result.mean
 
@@ -206,11 +220,13 @@ def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
 def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
     """The settings that decide what a run computes, flat, and the real data."""
     flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
+    flat["precision"] = cfg.precision
     for group in COMPUTED_FROM:
         if cfg[group] is not None:
             flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
             flat[f"{group}._target_"] = cfg[group].get("_target_")
-    flat.pop("dataset.data_dir", None)
+    for place in ("dataset.data_dir", "init.populations_dir"):
+        flat.pop(place, None)
     return flat | {"dataset.content": data.content}
 
 

@@ -1,7 +1,11 @@
-"""dd-evaluate: the held-out evaluation of any distilled data."""
+"""dd-evaluate: distilled data, learned or a baseline's, tested on unseen networks or in another use."""
 
+import hashlib
+import json
 import logging
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,92 +13,102 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dd_lightning.atomic import write_json
-from dd_lightning.callbacks import progress_of_networks
+from dd_lightning.baselines import Evaluation, Learner
 from dd_lightning.checks import check_choice, check_count
-from dd_lightning.commands.build import CARD_GROUPS, build_data, build_distilled, build_network, hardware
+from dd_lightning.commands.build import (
+    CARD_GROUPS,
+    build_data,
+    build_network,
+    build_objective,
+    build_sets,
+    hardware,
+    versions,
+)
 from dd_lightning.commands.launch import command
 from dd_lightning.distilled import DistilledData
-from dd_lightning.heldout import evaluate_held_out
 from dd_lightning.init import FixedInit
+from dd_lightning.parallel import Workers
 from dd_lightning.picture import draw
 from dd_lightning.resolvers import task_overrides
-from dd_lightning.seeding import Stream
-from dd_lightning.unroll import StoredUnroll
+from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
 
 # Settings that a card has no say in: where files lie, and what is run.
-NOT_OF_CARD = ("data_dir", "source", "weights")
+NOT_OF_CARD = ("data_dir", "populations_dir", "source", "weights")
 
 
 def evaluate(cfg: DictConfig) -> float:
-    """Tests unseen networks trained on distilled data.
+    """Tests distilled data on unseen networks, or in another use.
 
     Data set, network, init and objective are those of the data's card, unless the command line says otherwise.
 
     Returns:
-        Mean test accuracy in %.
+        Mean accuracy in %.
     """
+    started = time.monotonic()
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_count(networks=cfg.networks)
     check_choice("split", cfg.split, ["test", "validation"])
-    card = DistilledData.load(cfg.distilled.path).card if cfg.distilled.get("path") else {}
-    cfg = with_card(cfg, card)
-    data = build_data(cfg)
-    distilled = build_distilled(cfg, data)
-    init = instantiate(cfg.init)
-    if isinstance(init, FixedInit) and distilled.initial_weights is not None and not _overridden("init"):
-        init = FixedInit(weights=distilled.initial_weights)
-    network = build_network(cfg, data, init)
-    if isinstance(init, FixedInit):
-        check_weights(network, init)
+    if cfg.distilled.get("path"):
+        cfg = with_card(cfg, DistilledData.load(cfg.distilled.path).card)
+    use = instantiate(cfg.use)
     device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
+    pieces = folder / "pieces" / digest(cfg)
+    workers = Workers(cfg.processes if device.type == "cpu" else 1, pieces)
+    data = build_data(cfg)
+    objective = build_objective(cfg, data)
+    sets = build_sets(cfg, data, objective)
+    brought = sets.members[0].initial_weights if sets.members and not _overridden("init") else None
+    init = instantiate(cfg.init) if brought is None else FixedInit(weights=brought)
+    network = build_network(cfg, data, init)
     data.to(device)
     network.to(device)
-    pictures = data.test if cfg.split == "test" else data.validation
-    stream = Stream.HELD_OUT_TEST if cfg.split == "test" else Stream.HELD_OUT_VALIDATION
-    with progress_of_networks("evaluating", init.num_held_out(cfg.networks)) as advance:
-        result = evaluate_held_out(
-            network,
-            init.held_out(network, cfg.networks, stream),
-            distilled.to(device),
-            pictures,
-            data.preprocessing,
-            StoredUnroll(instantiate(cfg.inner)),
-            cfg.per_step,
-            on_progress=advance,
-        )
-    draw(distilled, data.preprocessing, f"{cfg.split} accuracy: {result}", folder / "distilled.png")
+    learner = Learner(network, init, AdjointUnroll(instantiate(cfg.inner), batched=None), data.preprocessing, objective)
+    evaluation = Evaluation(learner, data, workers, cfg.networks, cfg.split, cfg.per_step)
+    outcome = use(evaluation, sets)
+    result = outcome.result
+    if outcome.sets:
+        draw(outcome.sets[0], data.preprocessing, f"{cfg.split} accuracy: {result}", folder / "distilled.png")
+    choices = HydraConfig.get().runtime.choices
     write_json(
         folder / "result.json",
         {
             "name": cfg.name,
+            "row": choices.get("row"),
+            "column": choices.get("column"),
             "split": cfg.split,
             cfg.split: result.as_dict(),
+            "use": {"choice": choices.get("use"), **outcome.details},
+            "seconds": time.monotonic() - started,
             "hardware": hardware(),
-            "card": distilled.card,
+            "versions": versions(),
+            "card": outcome.sets[0].card if outcome.sets else {},
         },
     )
+    shutil.rmtree(pieces.parent, ignore_errors=True)
     low, high = result.interval
     count = len(result.accuracies)
-    log.info(f"{cfg.split} accuracy over {count} network(s): {result} (95 % interval {low:.2f} to {high:.2f})")
+    if "chosen" in outcome.details:
+        chosen = ", ".join(f"{k} {v}" for k, v in outcome.details["chosen"].items() if k not in ("validation", "test"))
+        log.info(f"chosen: {chosen}; choosing on the test set would have brought {outcome.details['gap']:+.2f}")
+    log.info(f"{cfg.split} accuracy over {count} value(s): {result} (95 % interval {low:.2f} to {high:.2f})")
+    for line in result.lines():
+        log.info(f"  {line}")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):
         log.info(f"  after {step} GD steps: {value:.2f} %")
     return result.mean
 
 
-def check_weights(network: torch.nn.Module, init: FixedInit) -> None:
-    """Refuses another architecture than that of the one network the data were distilled for."""
-    weights = init.weights(network)
-    own = {name: p.shape for name, p in network.named_parameters()}
-    if own != {name: w.shape for name, w in weights.items()}:
-        raise ValueError(
-            f"these data were distilled for one fixed network whose weights do not fit {type(network).__name__}; "
-            "give init=random to evaluate them on unseen networks"
-        )
+def digest(cfg: DictConfig) -> str:
+    """Names the settings that decide what is computed."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key in ("processes", "device", "runs_dir", "traceback"):
+        settings.pop(key)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _overridden(group: str) -> bool:

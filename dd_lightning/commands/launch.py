@@ -19,6 +19,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from dd_lightning.commands.sweep import run_job
+from dd_lightning.cpu import tune_cpu
 from dd_lightning.interruption import Interrupted, interrupted_at_once
 from dd_lightning.processes import rank
 from dd_lightning.resolvers import register, task_overrides
@@ -109,19 +111,22 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
     """The entry point of a command.
 
     Bad input ends it with one line on stderr and exit code 1; `DD_TRACEBACK=1` or `debug=...` shows the traceback.
-    In a multirun the other jobs are run first. A signal ends it with one line, too, and the exit code that shells use.
+    In a multirun the other jobs are run first, and those that failed are listed. A signal ends it with one line, too,
+    and the exit code that shells use.
     """
     program = f"dd-{config_name}" + (f" (process {rank()})" if rank() else "")
 
     def run_task(cfg: DictConfig) -> Any:
         if rank():
             logging.getLogger().setLevel(logging.WARNING)  # the first process says it
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_job(task, cfg, one_line)
         try:
             return task(cfg)
         except Exception as error:
             if cfg.get("traceback"):
                 os.environ[TRACEBACK] = "1"
-            if os.environ.get(TRACEBACK) or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if os.environ.get(TRACEBACK):
                 raise
             message = one_line(error)
             if not isinstance(error, OSError | MemoryError | FloatingPointError):  # of a run, not of a setting
@@ -134,6 +139,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
             os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
+        tune_cpu()
         logging.raiseExceptions = bool(os.environ.get(TRACEBACK))  # e.g. where the disk of the log file is full
         try:
             with interrupted_at_once():

@@ -1,6 +1,6 @@
 """Real data: packed arrays, data sets and the minibatches cut from them."""
 
-from dd_lightning.data.datamodule import RealData
+from dd_lightning.data.datamodule import OwnMinibatches, RealData
 from dd_lightning.data.datasets import Digits, ImageDataset, Packed, Preprocessing, TorchvisionDataset
 
-__all__ = ["Digits", "ImageDataset", "Packed", "Preprocessing", "RealData", "TorchvisionDataset"]
+__all__ = ["Digits", "ImageDataset", "OwnMinibatches", "Packed", "Preprocessing", "RealData", "TorchvisionDataset"]

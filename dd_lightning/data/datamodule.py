@@ -1,11 +1,12 @@
 """The stream of real minibatches x_t (Algorithm 1, line 3)."""
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dd_lightning.checks import check_count
@@ -65,6 +66,12 @@ class RealData(pl.LightningDataModule):
         """Moves all parts to the device on which minibatches are wanted."""
         self.train, self.validation, self.test = (p.to(device) for p in (self.train, self.validation, self.test))
 
+    def reseeded(self, seed: int) -> "RealData":
+        """The same pictures, shared, in another order."""
+        other = copy.copy(self)
+        other.seed, other._epoch_order = seed, None
+        return other
+
     @property
     def batches_per_epoch(self) -> int:
         return -(-len(self.train) // self.batch_size)
@@ -72,17 +79,21 @@ class RealData(pl.LightningDataModule):
     def minibatch(self, step: int) -> Batch:
         """x_t and its labels, for outer step t = `step`, from 0."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        chosen = self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        chosen = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         chosen = chosen.to(self.train.images.device)
-        images, labels = self.train.images[chosen], self.train.labels[chosen]
+        return self.preprocessing(self.augment(self.train.images[chosen], step)), self.train.labels[chosen]
+
+    def augment(self, images: UInt8[Tensor, "batch c h w"], step: int) -> UInt8[Tensor, "batch c h w"]:
+        """The pictures as outer step `step` sees them."""
         random = generator(self.seed, Stream.AUGMENTATION, step)
         if self.dataset.crop_padding:
             images = random_crop(images, self.dataset.crop_padding, random)
         if self.dataset.flip:
             images = random_flip(images, random)
-        return self.preprocessing(images), labels
+        return images
 
-    def _order(self, epoch: int) -> Int[Tensor, " n"]:
+    def order(self, epoch: int) -> Int[Tensor, " n"]:
+        """In which an epoch runs through the training pictures."""
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             order = torch.randperm(len(self.train), generator=generator(self.seed, Stream.MINIBATCH, epoch))
             self._epoch_order = epoch, order
@@ -92,6 +103,30 @@ class RealData(pl.LightningDataModule):
         assert self.trainer is not None
         self.to(self.trainer.strategy.root_device)
         return Minibatches(self, self.trainer.global_step, self.trainer.max_steps)
+
+
+class OwnMinibatches:
+    """The minibatches of J streams of the same pictures, cut at once: for each what its own `minibatch` gives.
+
+    Args:
+        streams: made by `RealData.reseeded`.
+    """
+
+    def __init__(self, streams: Sequence[RealData]) -> None:
+        self.streams, self._data = streams, streams[0]
+        self._orders: tuple[int, Tensor] | None = None
+
+    def __call__(self, step: int) -> tuple[Float[Tensor, "init batch c h w"], Int[Tensor, "init batch"]]:
+        data, train = self._data, self._data.train
+        epoch, position = divmod(step, data.batches_per_epoch)
+        if self._orders is None or self._orders[0] != epoch:
+            orders = torch.stack([stream.order(epoch) for stream in self.streams])
+            self._orders = epoch, orders.to(train.images.device)
+        chosen = self._orders[1][:, position * data.batch_size : (position + 1) * data.batch_size]
+        images = train.images[chosen]
+        if data.dataset.augments:
+            images = torch.stack([s.augment(own, step) for s, own in zip(self.streams, images, strict=True)])
+        return data.preprocessing(images), train.labels[chosen]
 
 
 class Minibatches:

@@ -66,7 +66,8 @@ class ImageDataset(ABC):
         num_classes: None is the largest label + 1.
         channels: 1 or 3, into which the pictures are converted; None is as stored.
         image_size: pixels, to which they are scaled; None is as stored.
-        mean, std: of each channel, of pixels in [0, 1]; None measures the training pictures.
+        mean, std: of each stored channel, of pixels in [0, 1]; None measures the training pictures, as is done where
+            colours are turned grey.
         crop_padding: augmentation: reflect-pad by so many pixels, then crop at random; 0 is none.
         flip: augmentation: mirror every other picture at random.
         validation: number of training pictures that are held out for validation; 0 validates on those trained on.
@@ -106,6 +107,11 @@ class ImageDataset(ABC):
             raise ValueError(f"std must be above 0, not {self.std}")
         self.crop_padding, self.flip, self.validation = crop_padding, flip, validation
 
+    @property
+    def augments(self) -> bool:
+        """Whether training pictures are changed at random."""
+        return bool(self.crop_padding or self.flip)
+
     @abstractmethod
     def prepare(self) -> None:
         """Makes the arrays available on this machine (download, pack); called once, before `arrays`."""
@@ -126,7 +132,10 @@ class ImageDataset(ABC):
                 f"validation={self.validation} leaves none of the {len(train)} training pictures of {self.name}"
             )
         channels, image_size = train.images.shape[1], train.images.shape[2]
-        if self.mean is None or self.std is None:
+        stored = arrays.train_images.shape[3:] or (1,)
+        # The mean and std of three channels say nothing of their grey.
+        turned_grey = channels < stored[0] and self.mean is not None and len(self.mean) == stored[0]
+        if self.mean is None or self.std is None or turned_grey:
             pixels = train.images.transpose(0, 1).flatten(1).double() / 255
             mean, std = pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist()
         else:

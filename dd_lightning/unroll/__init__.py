@@ -1,19 +1,19 @@
 """The inner loop, Eq. (9), as a differentiable function of the distilled data. One interface, several engines."""
 
+from dd_lightning.unroll.adjoint import AdjointUnroll
+from dd_lightning.unroll.functional import FunctionalUnroll
 from dd_lightning.unroll.higher import HigherUnroll
 from dd_lightning.unroll.interface import Step, Unroll
 from dd_lightning.unroll.optimizers import Adam, GradientDescent, InnerOptimizer, Momentum
-from dd_lightning.unroll.recompute import RecomputeUnroll
-from dd_lightning.unroll.stored import StoredUnroll
 
 __all__ = [
     "Adam",
+    "AdjointUnroll",
+    "FunctionalUnroll",
     "GradientDescent",
     "HigherUnroll",
     "InnerOptimizer",
     "Momentum",
-    "RecomputeUnroll",
     "Step",
-    "StoredUnroll",
     "Unroll",
 ]

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dd_lightning.networks import Weights, stack, training_without_dropout, unstack
-from dd_lightning.unroll.interface import Step, Unroll
+from dd_lightning.unroll.interface import GraphUnroll, Step
 
 
-class HigherUnroll(Unroll):
+class HigherUnroll(GraphUnroll):
     """Unrolls with `higher`'s differentiable optimizers; the gradients every other engine is held against."""
 
-    def trajectory(
-        self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool = True
+    def unroll(
+        self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool
     ) -> Iterator[Weights]:
         functional = higher.monkeypatch(network, track_higher_grads=differentiable)
         names = [name for name, _ in network.named_parameters()]

@@ -33,7 +33,7 @@ class GradientDescent(InnerOptimizer):
     """Plain gradient descent, the paper's: θᵢ₊₁ = θᵢ − η̃ᵢ ∇ℓ(x̃ᵢ, θᵢ) (Eq. 9)."""
 
     def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
-        return {name: weight - learning_rate * gradient[name] for name, weight in theta.items()}, state
+        return {name: torch.addcmul(w, gradient[name], -learning_rate) for name, w in theta.items()}, state
 
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=1.0)

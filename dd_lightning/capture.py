@@ -1,0 +1,104 @@
+"""The gradient of an outer step: in chunks of networks, and on a GPU as one CUDA graph."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd_lightning.networks import Weights
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[Weights, Tensor, Tensor], Tensor]  # of θ₀ and a real minibatch
+Inputs = tuple[Weights, Tensor, Tensor]
+Outputs = tuple[Tensor, list[Tensor]]  # the loss, and its gradient with respect to each parameter
+
+
+class OuterStep:
+    """The gradient of an outer loss, a mean over J networks.
+
+    Args:
+        loss: the outer loss of θ₀ and a real minibatch.
+        chunk: networks that are unrolled together; fewer take less memory. None: all.
+        capture: on a GPU, record the whole step as a CUDA graph, which is launched at once instead of kernel by
+            kernel. Falls back, with a warning, where something cannot be recorded.
+    """
+
+    def __init__(self, loss: Loss, chunk: int | None = None, capture: bool = True) -> None:
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        self.loss, self.chunk, self.capture = loss, chunk, capture
+        self._graphs: dict[Any, _Graph] = {}
+
+    def __call__(self, inputs: Inputs, parameters: Sequence[Tensor], of: int) -> Outputs:
+        """The share that the networks of `inputs` have in the loss of `of` networks, and in its gradient.
+
+        The gradients are in double precision, so that shares can be added in any order.
+        """
+        theta_0, images, _ = inputs
+        if not self.capture or images.device.type != "cuda":
+            return self.gradients(inputs, parameters, of)
+        key = (_count(theta_0), images.shape)  # the last minibatch of an epoch is smaller
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = _Graph(lambda fixed: self.gradients(fixed, parameters, of), inputs)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.capture = False
+                reason = " ".join(str(error).split())[:200]
+                log.warning(f"the outer step cannot be captured as a CUDA graph, and runs kernel by kernel: {reason}")
+                torch.cuda.synchronize()
+                return self.gradients(inputs, parameters, of)
+        return self._graphs[key](inputs)
+
+    def gradients(self, inputs: Inputs, parameters: Sequence[Tensor], of: int) -> Outputs:
+        """The same, chunk by chunk and kernel by kernel."""
+        theta_0, images, labels = inputs
+        count = _count(theta_0)
+        # Metal has no double precision.
+        wide = torch.float32 if images.device.type == "mps" else torch.float64
+        total = images.new_zeros((), dtype=wide)
+        sums = [torch.zeros_like(parameter, dtype=wide) for parameter in parameters]
+        for start in range(0, count, self.chunk or count):
+            part = {name: value[start : start + (self.chunk or count)] for name, value in theta_0.items()}
+            with torch.enable_grad():
+                loss = self.loss(part, images, labels)
+            # Of the leaves only the parameters: the gradient of θ₀ would cost one more Hessian-vector product.
+            found = torch.autograd.grad(loss, list(parameters))
+            share = _count(part) / of
+            total = total + share * loss.detach()
+            sums = [one + share * other.to(wide) for one, other in zip(sums, found, strict=True)]
+        return total.to(images.dtype), sums
+
+
+def _count(theta: Weights) -> int:
+    return len(next(iter(theta.values())))
+
+
+class _Graph:
+    """A recorded computation; its inputs and outputs are at fixed places."""
+
+    def __init__(self, compute: Callable[[Inputs], Outputs], inputs: Inputs) -> None:
+        theta_0, images, labels = inputs
+        self._inputs = ({name: value.clone() for name, value in theta_0.items()}, images.clone(), labels.clone())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries choose their kernels before anything is recorded
+            for _ in range(2):
+                compute(self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = compute(self._inputs)
+
+    def __call__(self, inputs: Inputs) -> Outputs:
+        for name, value in inputs[0].items():
+            self._inputs[0][name].copy_(value)
+        self._inputs[1].copy_(inputs[1])
+        self._inputs[2].copy_(inputs[2])
+        self._graph.replay()
+        value, gradients = self._outputs
+        return value.clone(), [gradient.clone() for gradient in gradients]

@@ -1,0 +1,165 @@
+"""dd-pretrain: a population of trained networks (Section 3.5)."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from dd_lightning.callbacks import is_out_of_memory, progress_of_networks
+from dd_lightning.checks import check_count
+from dd_lightning.commands.build import build_data, build_network, hardware, settings, versions
+from dd_lightning.commands.launch import command
+from dd_lightning.data import RealData
+from dd_lightning.init import RandomInit
+from dd_lightning.population import HELD_OUT, PARTS, TRAIN, Population, class_name
+from dd_lightning.pretraining import Recipe, check_batched
+from dd_lightning.workers import Job, train_shards
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(cfg: DictConfig) -> None:
+    """Trains the networks that the population's folder lacks, and completes its card."""
+    started = time.monotonic()
+    check_count(networks=cfg.networks, held_out_networks=cfg.held_out_networks)
+    check_count(**{name: cfg[name] for name in ("at_once", "workers", "shard") if cfg[name] is not None})
+    if cfg.seed == cfg.held_out_seed:
+        raise ValueError(f"seed and held_out_seed are both {cfg.seed}: held-out networks must be other networks")
+    device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
+    workers = cfg.workers or (1 if device.type != "cpu" else torch.get_num_threads())
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # in every process, so that their number does not change the rounding
+    job = build_job(cfg, device)
+    size = cfg.shard or max(4, job.at_once)
+    shards = [shard for part in PARTS for shard in split(part, job.population.missing(part), size)]
+    missing = sum(len(indices) for _, indices in shards)
+    train_missing(job, shards, missing, min(workers, len(shards)))
+    if missing:
+        rate = 60 * missing / (time.monotonic() - started)
+        log.info(f"{missing} networks trained, {rate:.2f} a minute")
+    complete(job.population)
+    log.info(f"saved in {os.path.relpath(job.population.path)}")
+
+
+def build_job(cfg: DictConfig, device: torch.device) -> Job:
+    """The checked objects, and the population's folder with its card."""
+    recipe: Recipe = instantiate(cfg.recipe)
+    seeds = {TRAIN: cfg.seed, HELD_OUT: cfg.held_out_seed}
+    inits = {part: RandomInit(cfg.scheme, cfg.gain, seed=seed) for part, seed in seeds.items()}
+    data = build_data(cfg)
+    network = build_network(cfg, data, inits[TRAIN])
+    at_once = cfg.at_once or (100 if device.type != "cpu" else 1)
+    if at_once > 1:
+        check_batched(network, inits[TRAIN], data)
+    card = make_card(cfg, data, network, seeds)
+    population = open_population(Path(cfg.populations_dir, card["name"]), card)
+    data.to(device)
+    network.to(device)
+    return Job(population, network, inits, data, recipe, at_once)
+
+
+def train_missing(job: Job, shards: list[tuple[str, range]], missing: int, workers: int) -> None:
+    """Trains `missing` networks, shard by shard, with a progress bar over all of the population."""
+    total = sum(job.population.count(part) for part in PARTS)
+    if missing < total:
+        log.info(f"{total - missing} of {total} networks are there")
+    try:
+        with progress_of_networks("training", total, total - missing) as advance:
+            for part, indices, accuracies in train_shards(job, shards, workers, advance):
+                log.info(f"{part} {indices.start} to {indices.stop - 1}: test accuracy {fmean(accuracies):.2f} %")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory ({' '.join(str(error).split())[:120]}); what is finished is kept; "
+            "a smaller at_once, workers or batch_size takes less"
+        ) from error
+
+
+def make_card(cfg: DictConfig, data: RealData, network: nn.Module, seeds: dict[str, int]) -> dict[str, Any]:
+    """What the networks are and how they are trained."""
+    choices = HydraConfig.get().runtime.choices
+    dataset = settings(cfg, "dataset")
+    dataset.pop("data_dir", None)
+    counts = {TRAIN: cfg.networks, HELD_OUT: cfg.held_out_networks}
+    return {
+        "name": cfg.name or data.dataset.name,
+        "dataset": {"choice": choices.get("dataset"), **dataset},
+        "preprocessing": data.preprocessing.as_dict(),
+        "classes": data.num_classes,
+        "class": class_name(network),
+        "network": {"choice": choices.get("network"), **settings(cfg, "network")},
+        "shapes": {name: list(p.shape) for name, p in network.named_parameters()},
+        "recipe": settings(cfg, "recipe"),
+        "batch_size": cfg.batch_size,
+        "scheme": cfg.scheme,
+        "gain": cfg.gain,
+        "parts": {part: {"networks": counts[part], "seed": seeds[part]} for part in PARTS},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def open_population(path: Path, card: dict[str, Any]) -> Population:
+    """A new population, or the one at `path` to go on with.
+
+    Raises:
+        ValueError: the one at `path` was made with other settings.
+    """
+    population = Population(path, card)
+    if (path / "card.json").is_file():
+        there, here = _decisive(Population(path).card), _decisive(population.card)
+        differing = [
+            f"{k}: {there.get(k)} there, {here.get(k)} here" for k in there | here if there.get(k) != here.get(k)
+        ]
+        if differing:
+            raise ValueError(
+                f"population {path} is of other settings ({'; '.join(differing)}); give this one another name"
+            )
+    population.write_card()
+    return population
+
+
+def _decisive(card: dict[str, Any]) -> dict[str, Any]:
+    """What makes one population another, flat."""
+    kept = {key: value for key, value in card.items() if key not in ("versions", "hardware", "shapes", "parts")}
+    kept["seed"] = {part: content["seed"] for part, content in card["parts"].items()}
+    return {
+        f"{group}.{key}" if key else group: value
+        for group, content in kept.items()
+        for key, value in (content if isinstance(content, dict) else {"": content}).items()
+    }
+
+
+def split(part: str, missing: list[int], size: int) -> Iterator[tuple[str, range]]:
+    """Runs of successive missing networks, at most `size` long."""
+    while missing:
+        start = missing[0]
+        length = next((i for i, index in enumerate(missing) if i == size or index != start + i), len(missing))
+        yield part, range(start, start + length)
+        missing = missing[length:]
+
+
+def complete(population: Population) -> None:
+    """Writes every network's test accuracy into the card."""
+    for part, content in population.card["parts"].items():
+        accuracies = content["accuracies"] = population.accuracies(part)
+        log.info(
+            f"{part}: {len(accuracies)} networks, test accuracy {fmean(accuracies):.2f} %, least {min(accuracies):.2f}"
+        )
+    population.write_card()
+
+
+main = command("pretrain", pretrain)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What makes small float32 networks fast on a CPU, for a whole process."""
+
+import ctypes
+import ctypes.util
+import logging
+import sys
+from functools import cache
+
+import torch
+from torch.backends import mkldnn
+
+log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+@cache
+def tune_cpu() -> None:
+    """Keeps freed memory for the next step, and lets oneDNN multiply matrices where that costs no precision."""
+    keep_freed_memory()
+    use_onednn_for_matmul()
+
+
+def keep_freed_memory() -> None:
+    """Stops glibc from giving large freed buffers back, whose pages every step would have to fault in again."""
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def release_freed_memory() -> None:
+    """Gives what is free back to the system."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def use_onednn_for_matmul() -> None:
+    """Multiplies float32 matrices with oneDNN, unless it would lose precision.
+
+    torch asks oneDNN only if bfloat16 is allowed inside, and MKL otherwise, which is several times slower for small
+    batched products on processors that are not Intel's. Where oneDNN has no bfloat16 kernel for float32 matrices the
+    result is float32 all the same; that is measured here.
+    """
+    settings = mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    error = max(_matmul_error(*shape) for shape in ((16, 150, 1000), (120, 400, 10), (64, 1600, 640)))
+    if error > 1e-6:
+        settings.fp32_precision = before
+        log.debug(f"oneDNN's products have an error of {error:.1e}; torch's choice is kept")
+
+
+def _matmul_error(rows: int, inner: int, columns: int) -> float:
+    """Relative error of a batched float32 product."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, rows, inner, generator=generator)
+    b = torch.randn(2, inner, columns, generator=generator)
+    exact = torch.bmm(a.double(), b.double())
+    return ((torch.bmm(a, b) - exact).norm() / exact.norm()).item()
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

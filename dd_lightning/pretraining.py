@@ -1,0 +1,153 @@
+"""Training of well-optimized networks, many at once (Section 3.5): the populations that distilled data fine-tune."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from dd_lightning.checks import check_count, check_positive
+from dd_lightning.data import OwnMinibatches, RealData
+from dd_lightning.heldout import confusion
+from dd_lightning.init import RandomInit
+from dd_lightning.networks import Weights, stack, training_without_dropout
+from dd_lightning.objectives import Classification
+from dd_lightning.seeding import Stream, derive_seed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every network of a population is trained: Adam, its step size halved at intervals.
+
+    Args:
+        epochs: passes over the training pictures.
+        lr: step size.
+        halve_every: epochs after which the step size is halved.
+        betas: of Adam.
+
+    Raises:
+        ValueError: a count below 1, a step size that is not positive, or a beta outside 0 to 1.
+    """
+
+    epochs: int
+    lr: float
+    halve_every: int
+    betas: Sequence[float] = (0.5, 0.999)
+
+    def __post_init__(self) -> None:
+        check_count(epochs=self.epochs, halve_every=self.halve_every)
+        check_positive(lr=self.lr)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(self.betas)}")
+
+
+def train(
+    network: nn.Module,
+    weights: Weights,
+    streams: Sequence[RealData],
+    recipe: Recipe,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> Weights:
+    """Trains J networks at once, each on its own stream of minibatches.
+
+    Args:
+        network: the template. Runs in train mode with dropout off.
+        weights: initial weights of the J networks.
+        streams: of each network; they differ in their seed alone.
+        on_epoch: called after every epoch.
+
+    Returns:
+        The trained weights.
+    """
+    minibatch, per_epoch = OwnMinibatches(streams), streams[0].batches_per_epoch
+    theta = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    # Elementwise, so that one Adam on the stacked weights is J Adams.
+    betas = (recipe.betas[0], recipe.betas[1])
+    optimizer = torch.optim.Adam(list(theta.values()), lr=recipe.lr, betas=betas, fused=True)
+    with training_without_dropout(network):
+        for epoch in range(recipe.epochs):
+            optimizer.param_groups[0]["lr"] = recipe.lr * 0.5 ** (epoch // recipe.halve_every)
+            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+                images, labels = minibatch(step)
+                logits = forward_own(network, theta, images)
+                # The sum over networks of each network's mean: no network sees another's gradient.
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(streams)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            on_epoch()
+    return {name: value.detach() for name, value in theta.items()}
+
+
+def forward_own(
+    network: nn.Module, weights: Weights, images: Float[Tensor, "init batch c h w"]
+) -> Float[Tensor, "init batch classes"]:
+    """Logits of the J networks, each on its own images, in the mode the template is in."""
+    if len(images) == 1:
+        single = {name: value[0] for name, value in weights.items()}
+        return functional_call(network, single, (images[0],))[None]
+    return vmap(lambda single, own: functional_call(network, single, (own,)))(weights, images)
+
+
+def train_networks(
+    network: nn.Module,
+    init: RandomInit,
+    data: RealData,
+    recipe: Recipe,
+    indices: range,
+    at_once: int = 1,
+    on_epoch: Callable[[float], None] = lambda networks: None,
+) -> tuple[Weights, Float[Tensor, " network"]]:
+    """Trains and tests networks of a population, on the device of `data`.
+
+    Initial weights and the order of the data are drawn from `(init.seed, index)`: which networks are trained
+    together changes their rounding alone, and with `at_once=1` nothing.
+
+    Args:
+        network: the template, on the device of `data`.
+        init: the distribution of the initial weights.
+        indices: of the networks in their population.
+        at_once: networks trained in one operation.
+        on_epoch: told how much was trained, in networks.
+
+    Returns:
+        The weights, and each network's accuracy in % on the test set.
+
+    Raises:
+        FloatingPointError: naming a network whose training diverged.
+    """
+    trained = []
+    for start in range(indices.start, indices.stop, at_once):
+        chunk = range(start, min(start + at_once, indices.stop))
+        weights = stack([init.draw(network, Stream.PRETRAINING, index) for index in chunk])
+        streams = [data.reseeded(derive_seed(init.seed, Stream.PRETRAINING, index)) for index in chunk]
+        share = len(chunk) / recipe.epochs
+        weights = train(network, weights, streams, recipe, lambda share=share: on_epoch(share))
+        trained.append(weights)
+    weights = {name: torch.cat([chunk[name] for chunk in trained]) for name in trained[0]}
+    for row, index in enumerate(indices):
+        if not all(value[row].isfinite().all() for value in weights.values()):
+            raise FloatingPointError(f"the weights of network {index} are not finite; try a smaller recipe.lr")
+    tested = confusion(network, weights, data.test, data.preprocessing)
+    return weights, Classification().measures(tested)["accuracy"]
+
+
+def check_batched(network: nn.Module, init: RandomInit, data: RealData) -> None:
+    """Refuses a network that cannot be trained many at once.
+
+    Raises:
+        ValueError: naming the setting that trains it alone.
+    """
+    weights = stack([init.draw(network, Stream.PRETRAINING, index) for index in range(2)])
+    images = data.preprocessing(data.train.images[:2]).expand(2, -1, -1, -1, -1)
+    try:
+        with torch.no_grad(), training_without_dropout(network):
+            forward_own(network, weights, images)
+    except (RuntimeError, NotImplementedError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"network {type(network).__name__} cannot be trained many at once ({message}); use at_once=1"
+        ) from error

@@ -1,0 +1,1 @@
+"""Runs beside the paper: tables, figures and one page."""

@@ -1,0 +1,125 @@
+"""Finished runs, read from their folders."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+# Settings that do not decide what is computed, or that runs of one experiment may differ in.
+APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback", "logger", "processes", "device")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with a `result.json`."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.result["name"]
+
+    @property
+    def place(self) -> tuple[str | None, str | None]:
+        """Row and column of a table."""
+        return self.result.get("row"), self.result.get("column")
+
+    @property
+    def test(self) -> dict[str, Any]:
+        return self.result["test"]
+
+    @property
+    def accuracies(self) -> list[float]:
+        return self.test["accuracies"]
+
+    @cached_property
+    def time(self) -> float:
+        return (self.folder / "result.json").stat().st_mtime
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """What the command line said."""
+        path = self.folder / ".hydra" / "overrides.yaml"
+        return [str(o) for o in OmegaConf.load(path)] if path.is_file() else []
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        path = self.folder / ".hydra" / "config.yaml"
+        config: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        return config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, but for the seed."""
+        return {key: value for key, value in self.config.items() if key not in APART}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.result.get("versions") or self.result.get("card", {}).get("versions", {})
+
+    def setting(self, key: str) -> Any:
+        """A setting by its dotted name; None where there is none."""
+        return OmegaConf.select(OmegaConf.create(self.config), key)
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """All runs with a test result in or below the folders, the newest first.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: a `result.json` is truncated; the message names it.
+    """
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder of runs at {folder}")
+        for path in sorted(folder.rglob("result.json")):
+            try:
+                result = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is truncated or not JSON") from error
+            if isinstance(result, dict) and "test" in result and "name" in result:
+                runs.append(Run(path.parent, result))
+    return sorted(runs, key=lambda run: run.time, reverse=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Runs that differ in nothing but the seed, taken together; the newest first."""
+
+    runs: list[Run]
+
+    @cached_property
+    def accuracies(self) -> list[float]:
+        return [value for run in self.runs for value in run.accuracies]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Over networks (and sets, and seeds); None for a single value."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    def measure(self, name: str) -> float | None:
+        """Mean of another measure after training, where the runs have it."""
+        values = [run.test.get("measures", {}).get(name, {}).get("after") for run in self.runs]
+        return None if None in values else statistics.fmean(values)
+
+
+def measured(runs: Iterable[Run]) -> Measured | None:
+    """The newest of the runs, with those of the same settings and other seeds; of each seed the newest."""
+    chosen: dict[Any, Run] = {}
+    newest: Run | None = None
+    for run in sorted(runs, key=lambda run: run.time, reverse=True):
+        newest = newest or run
+        if run.settings == newest.settings:
+            chosen.setdefault(run.config.get("seed"), run)
+    return Measured(list(chosen.values())) if chosen else None

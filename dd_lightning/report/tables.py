@@ -1,0 +1,126 @@
+"""Tables 1 and 2 with our numbers beside the paper's."""
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from dd_lightning.report.runs import Measured, Run, measured
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the paper, and ours where there is a run."""
+
+    row: str
+    column: str
+    paper_mean: float
+    paper_std: float | None
+    command: str
+    ours: Measured | None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None else self.ours.mean - self.paper_mean
+
+    @property
+    def paper_text(self) -> str:
+        return number(self.paper_mean, self.paper_std)
+
+    @property
+    def ours_text(self) -> str:
+        return "" if self.ours is None else number(self.ours.mean, self.ours.std)
+
+    @property
+    def difference_text(self) -> str:
+        return "" if self.difference is None else f"{self.difference:+.1f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods down, data sets across."""
+
+    key: str
+    number: str
+    title: str
+    rows: dict[str, str]  # the paper's rows, by key: data sets
+    columns: dict[str, str]  # and its columns: methods
+    cells: dict[tuple[str, str], Cell]
+
+    @property
+    def missing(self) -> list[Cell]:
+        return [cell for cell in self.cells.values() if cell.ours is None]
+
+
+def number(mean: float, std: float | None) -> str:
+    return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+
+
+def make_table(key: str, paper: dict[str, Any], runs: list[Run]) -> Table:
+    """The table `key` of the paper's data, filled from runs."""
+    cells = {}
+    for row, of_row in paper["rows"].items():
+        for column, cell in of_row["cells"].items():
+            if "experiment" in cell:
+                command = f"dd-distill experiment={cell['experiment']}"
+                ours = measured(run for run in runs if run.name == cell["experiment"])
+            else:
+                command = f"dd-evaluate sweep={paper['sweep']} row={row} column={column}"
+                ours = measured(run for run in runs if run.place == (row, column))
+            cells[row, column] = Cell(row, column, cell["mean"], cell.get("std"), command, ours)
+    rows = {row: of_row["title"] for row, of_row in paper["rows"].items()}
+    return Table(key, paper["number"], paper["title"], rows, paper["columns"], cells)
+
+
+def markdown(table: Table) -> str:
+    """A GitHub table; a missing number names the command that makes it."""
+    heads = [f"{title}: {part}" for title in table.rows.values() for part in ("here", "paper", "difference")]
+    lines = [
+        f"**{table.number}.** {table.title}",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
+    for column, title in table.columns.items():
+        of_column = [table.cells[row, column] for row in table.rows]
+        texts = [(c.ours_text or f"`{c.command}`", c.paper_text, c.difference_text) for c in of_column]
+        lines.append("| " + " | ".join([title, *(part for text in texts for part in text)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Table) -> str:
+    """A `tabular` for `booktabs`; a missing number is empty, and a comment names the command that makes it."""
+    lines = [f"% {cell.row}, {cell.column} is missing: {cell.command}" for cell in table.missing]
+    lines += [r"\begin{tabular}{l" + "rrr" * len(table.rows) + "}", r"\toprule"]
+    lines.append(" & ".join(["", *(rf"\multicolumn{{3}}{{c}}{{{_tex(t)}}}" for t in table.rows.values())]) + r" \\")
+    lines.append(" & ".join(["", *(["here", "paper", "difference"] * len(table.rows))]) + r" \\")
+    lines.append(r"\midrule")
+    for column, title in table.columns.items():
+        of_column = [table.cells[row, column] for row in table.rows]
+        parts = [_tex(part) for c in of_column for part in (c.ours_text, c.paper_text, c.difference_text)]
+        lines.append(" & ".join([_tex(title), *parts]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _tex(text: str) -> str:
+    return text.replace("±", r"$\pm$").replace("→", r"$\to$").replace("−", "$-$").replace("×", r"$\times$")
+
+
+def comma_separated(table: Table) -> str:
+    """One line for each number, in full precision, with what it was made from."""
+    buffer = io.StringIO()
+    names = ["row", "column", "mean", "std", "values", "paper_mean", "paper_std", "difference"]
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*names, "seeds", "overrides", "hardware", "command"])
+    for cell in table.cells.values():
+        ours: list[Any] = [""] * 3
+        made: list[Any] = [""] * 3
+        if cell.ours is not None:
+            newest = cell.ours.runs[0]
+            ours = [cell.ours.mean, cell.ours.std, len(cell.ours.accuracies)]
+            seeds = " ".join(str(run.config.get("seed", "")) for run in cell.ours.runs)
+            made = [seeds, " ".join(newest.overrides), newest.result.get("hardware", "")]
+        writer.writerow(
+            [cell.row, cell.column, *ours, cell.paper_mean, cell.paper_std, cell.difference, *made, cell.command]
+        )
+    return buffer.getvalue()

@@ -1,0 +1,164 @@
+"""No graph through the inner loop: its reverse is one Hessian-vector product per GD step (Section 3.4)."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dd_lightning.networks import Weights
+from dd_lightning.unroll.gradients import AutogradGradient, Images, StepGradient, step_gradient
+from dd_lightning.unroll.interface import Step, Unroll, leaves
+from dd_lightning.unroll.optimizers import InnerOptimizer, State
+
+
+class AdjointUnroll(Unroll):
+    """Walks back from λ = ∂L/∂θ_T: for plain GD λ ← λ − η̃ ∇²ℓ λ, with ∂L/∂x̃ = −η̃ ∂⟨∇ℓ, λ⟩/∂x̃ and ∂L/∂η̃ = −⟨∇ℓ, λ⟩.
+
+    Args:
+        optimizer: of the inner loop.
+        batched: all J networks at once, instead of one after the other; None: where the network allows it.
+        recompute: store the weights of every √T-th step alone, instead of what each step's reverse needs, and compute
+            the rest again on the way back: memory that hardly grows with T, for less than twice the time. Unlike
+            Maclaurin et al. (2015) nothing is inverted, so that the gradient is exact.
+        offload: keep stored weights in the CPU's memory, for long unrolls on a GPU.
+    """
+
+    def __init__(
+        self,
+        optimizer: InnerOptimizer | None = None,
+        batched: bool | None = True,
+        recompute: bool = False,
+        offload: bool = False,
+    ) -> None:
+        super().__init__(optimizer)
+        if offload and not recompute:
+            raise ValueError("offload=true stores weights alone, which needs recompute=true")
+        self.batched, self.recompute, self.offload = batched, recompute, offload
+        self._last: tuple[nn.Module, StepGradient] | None = None  # an engine mostly meets one network
+
+    def gradient(self, network: nn.Module, theta: Weights, images: Images) -> StepGradient:
+        """∇ℓ of this network's J copies."""
+        if self._last is None or self._last[0] is not network:
+            self._last = network, self._choose(network, theta, images)
+        return self._last[1]
+
+    def __reduce__(self) -> Any:  # to other processes, which trace the network again
+        return type(self), (self.optimizer, self.batched, self.recompute, self.offload)
+
+    def _choose(self, network: nn.Module, theta: Weights, images: Images) -> StepGradient:
+        if self.batched is not False:
+            try:
+                return step_gradient(network, theta, images)
+            except ValueError:
+                if self.batched:
+                    raise
+        return AutogradGradient(network, batched=False)
+
+    def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
+        theta, state = theta_0, self.optimizer.init(theta_0)
+        with torch.no_grad():
+            for images, labels, rate in steps:
+                gradient, _ = self.gradient(network, theta, images)(theta, images, labels, again=False)
+                theta, state = self.optimizer.update(theta, gradient, state, rate)
+                yield theta
+
+    def __call__(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Weights:
+        images, labels, rates = zip(*steps, strict=True)
+        gradient = self.gradient(network, theta_0, images[0])
+        theta_T = _Unrolled.apply(self, gradient, list(theta_0), labels, *theta_0.values(), *images, *rates)
+        return dict(zip(theta_0, theta_T, strict=True))
+
+    def check(self, network: nn.Module, theta_0: Weights, images: Images) -> None:
+        self.gradient(network, theta_0, images)
+
+
+@dataclass
+class _Loop:
+    """The inner loop on fixed distilled data."""
+
+    optimizer: InnerOptimizer
+    gradient: StepGradient
+    images: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    rates: Sequence[Tensor]
+
+    def step(self, i: int, theta: Weights, state: State, again: bool = False) -> tuple[Weights, State, Any]:
+        """Weights and state after step i (Eq. 9), and if it is walked `again` what its reverse needs."""
+        gradient, tape = self.gradient(theta, self.images[i], self.labels[i], again)
+        after, state_after = self.optimizer.update(theta, gradient, state, self.rates[i])
+        return after, state_after, (theta, state, gradient, tape)
+
+    def reverse(
+        self, i: int, taped: Any, adjoint: Weights, state_adjoint: State
+    ) -> tuple[Weights, State, Tensor, Tensor]:
+        """Adjoints before step i from those after it; the gradients of its images and its rate."""
+        theta, state, gradient, tape = taped
+        # Autograd goes through the optimizer's update, which is elementwise and cheap.
+        theta, gradient, state = leaves(theta), leaves(gradient), leaves(state)
+        rate = self.rates[i].detach().requires_grad_()
+        moving = [name for name, value in state.items() if value.requires_grad]
+        with torch.enable_grad():
+            after, state_after = self.optimizer.update(theta, gradient, state, rate)
+        outputs = [*after.values(), *(state_after[name] for name in moving)]
+        adjoints = [*adjoint.values(), *(state_adjoint.get(n, torch.zeros_like(state[n])) for n in moving)]
+        inputs = [*theta.values(), *gradient.values(), *(state[name] for name in moving), rate]
+        *found, grad_rate = torch.autograd.grad(outputs, inputs, adjoints, materialize_grads=True)
+        count = len(theta)
+        direct, direction, rest = found[:count], found[count : 2 * count], found[2 * count :]
+        product, grad_images = self.gradient.derivative(tape, dict(zip(theta, direction, strict=True)))
+        adjoint = {name: value + product[name] for name, value in zip(theta, direct, strict=True)}
+        return adjoint, dict(zip(moving, rest, strict=True)), grad_images, grad_rate
+
+
+class _Unrolled(torch.autograd.Function):
+    """θ_T of all images and learning rates, as one operation of the outer graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, engine: AdjointUnroll, gradient: StepGradient, names: list[str], labels: Any, *tensors: Tensor
+    ) -> Any:
+        count = len(labels)
+        images, rates = tensors[len(names) : len(names) + count], tensors[len(names) + count :]
+        loop = _Loop(engine.optimizer, gradient, images, labels, rates)
+        theta: Weights = dict(zip(names, tensors, strict=False))
+        state = engine.optimizer.init(theta)
+        stored: dict[int, Any] = {}
+        segment = math.isqrt(count)
+        for i in range(count):
+            if engine.recompute and i % segment == 0:
+                stored[i] = tuple(
+                    {n: v.cpu() if engine.offload else v for n, v in part.items()} for part in (theta, state)
+                )
+            theta, state, taped = loop.step(i, theta, state, again=not engine.recompute)
+            if not engine.recompute:
+                stored[i] = taped
+        ctx.engine, ctx.gradient, ctx.names, ctx.labels, ctx.stored = engine, gradient, names, labels, stored
+        ctx.save_for_backward(*images, *rates)
+        return tuple(theta.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_theta: Tensor) -> Any:
+        count, device = len(ctx.labels), grad_theta[0].device
+        loop = _Loop(
+            ctx.engine.optimizer, ctx.gradient, ctx.saved_tensors[:count], ctx.labels, ctx.saved_tensors[count:]
+        )
+        grad_images: list[Tensor | None] = [None] * count
+        grad_rates: list[Tensor | None] = [None] * count
+        adjoint, state_adjoint = dict(zip(ctx.names, grad_theta, strict=True)), {}
+        stored, segment = ctx.stored, math.isqrt(count)
+        for i in reversed(range(count)):
+            if ctx.engine.recompute:
+                for k in range(i // segment * segment, i):  # the weights of a segment, once it is entered
+                    if i in stored:
+                        break
+                    theta, state = ({n: v.to(device) for n, v in part.items()} for part in stored[k])
+                    stored[k + 1] = loop.step(k, theta, state)[:2]
+                theta, state = ({n: v.to(device) for n, v in part.items()} for part in stored.pop(i))
+                taped = loop.step(i, theta, state, again=True)[2]
+            else:
+                taped = stored.pop(i)
+            adjoint, state_adjoint, grad_images[i], grad_rates[i] = loop.reverse(i, taped, adjoint, state_adjoint)
+        return None, None, None, None, *([None] * len(ctx.names)), *grad_images, *grad_rates

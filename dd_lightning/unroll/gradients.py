@@ -1,0 +1,273 @@
+"""The gradient of one GD step, and its derivative in a direction of weights: all that Eq. (9) and its reverse need."""
+
+import logging
+import operator
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, fx, nn
+from torch.func import functional_call, vmap
+
+from dd_lightning.networks import Weights, forward_each, training_without_dropout
+from dd_lightning.unroll import layers
+from dd_lightning.unroll.layers import Layer, UnsupportedLayerError, pair
+
+log = logging.getLogger(__name__)
+
+Images = Float[Tensor, "batch c h w"]
+Labels = Int[Tensor, " batch"]
+
+
+class StepGradient(ABC):
+    """∇ℓ(x̃, θ) of J networks, ℓ each network's mean cross entropy, and its derivative."""
+
+    @abstractmethod
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        """∇ℓ, and if it is wanted `again` what `derivative` needs."""
+
+    @abstractmethod
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x̃ in the direction v."""
+
+
+class AutogradGradient(StepGradient):
+    """By autograd, for every network.
+
+    Args:
+        batched: all J networks at once with `vmap`, instead of one after the other.
+    """
+
+    def __init__(self, network: nn.Module, batched: bool) -> None:
+        self.network, self.batched = network, batched
+
+    def logits(self, theta: Weights, images: Images) -> Float[Tensor, "init batch classes"]:
+        if self.batched:
+            return vmap(lambda single: functional_call(self.network, single, (images,)))(theta)
+        return forward_each(self.network, theta, images)
+
+    @torch.enable_grad()
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        images = images.detach().requires_grad_(again)
+        with training_without_dropout(self.network):
+            logits = self.logits(theta, images)
+        # The sum over networks of each network's mean: no network sees another's gradient.
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))) * len(logits)
+        gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=again)
+        found = dict(zip(theta, gradient, strict=True))
+        return {name: value.detach() for name, value in found.items()}, (found, theta, images) if again else None
+
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        found, theta, images = tape
+        inputs = [*theta.values(), images]
+        *hessian, grad_images = torch.autograd.grad(
+            list(found.values()), inputs, list(direction.values()), materialize_grads=True
+        )
+        return dict(zip(theta, hessian, strict=True)), grad_images
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.MaxPool2d | nn.LocalResponseNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+class LayeredGradient(StepGradient):
+    """By the rules of `dd_lightning.unroll.layers`, for networks made of layers that have one.
+
+    Raises:
+        UnsupportedLayerError: the network cannot be traced, or has a layer without a rule.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        try:
+            graph = _Tracer().trace(network)
+        except Exception as error:
+            raise UnsupportedLayerError(f"a forward that cannot be traced ({type(error).__name__})") from error
+        modules = dict(network.named_modules())
+        self._layers: list[tuple[Layer, list[int]]] = []  # in order, each with the activations that it takes
+        activation: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if activation:
+                    raise UnsupportedLayerError("a forward with more than one input")
+                activation[node] = 0
+            elif node.op == "output":
+                if not isinstance(node.args[0], fx.Node):
+                    raise UnsupportedLayerError("a forward with more than one output")
+                self._output = activation[node.args[0]]
+            else:
+                layer = _rule(node, modules)
+                if layer is None:
+                    activation[node] = activation[node.all_input_nodes[0]]
+                    continue
+                self._layers.append((layer, [activation[n] for n in node.all_input_nodes]))
+                activation[node] = len(self._layers)
+        self._lay_out_windows()
+
+    def _lay_out_windows(self) -> None:
+        """Where pooling alone reads a convolution of the images, the convolution lays out its windows as phases."""
+        # Of the images alone, because the patches of later layers are not shared, and slow in this order.
+        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
+        for layer, (index, *_) in self._layers:
+            before, inputs = self._layers[index - 1] if index else (None, [])
+            if not isinstance(layer, layers.MaxPool2d) or not isinstance(before, layers.Conv2d):
+                continue
+            if inputs == [0] and layer.tiles and readers.count(index) == 1:
+                before.pooling, layer.phased = layer.kernel, True
+
+    @torch.no_grad()
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        activations = [images.permute(1, 2, 3, 0).contiguous()[None, :, None]]
+        saved = []
+        for layer, inputs in self._layers:
+            y, kept = layer.forward([theta[n] for n in layer.names], [activations[i] for i in inputs])
+            activations.append(y)
+            saved.append(kept)
+        logits = activations[self._output]  # [init, classes, batch]
+        probabilities = torch.softmax(logits, 1)
+        truth = labels == torch.arange(logits.shape[1], device=labels.device)[:, None]
+        adjoints: list[Tensor | None] = [None] * len(activations)
+        adjoints[self._output] = (probabilities - truth.to(logits.dtype)) / len(labels)
+        gradient: Weights = {}
+        for index in reversed(range(len(self._layers))):
+            layer, inputs = self._layers[index]
+            dy = adjoints[index + 1]
+            assert dy is not None
+            found, w_adjoints = layer.backward([theta[n] for n in layer.names], saved[index], dy, inputs != [0])
+            _accumulate(adjoints, inputs, found)
+            _collect(gradient, layer.names, w_adjoints)
+        tape = (theta, saved, adjoints, probabilities) if again else None
+        return {name: gradient[name] for name in theta}, tape
+
+    @torch.no_grad()
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        theta, saved, adjoints, probabilities = tape
+        tangents: list[Tensor | None] = [None] * len(adjoints)
+        tsaved = []
+        for index, (layer, inputs) in enumerate(self._layers):
+            w, v = [theta[n] for n in layer.names], [direction[n] for n in layer.names]
+            tangents[index + 1], kept = layer.tangent(w, saved[index], v, [tangents[i] for i in inputs])
+            tsaved.append(kept)
+        moved = probabilities * tangents[self._output]
+        eadjoints: list[Tensor | None] = [None] * len(adjoints)
+        eadjoints[self._output] = (moved - probabilities * moved.sum(1, keepdim=True)) / probabilities.shape[2]
+        hessian: Weights = {}
+        for index in reversed(range(len(self._layers))):
+            layer, inputs = self._layers[index]
+            w, v = [theta[n] for n in layer.names], [direction[n] for n in layer.names]
+            found, w_adjoints = layer.backward_tangent(
+                w, saved[index], v, tsaved[index], adjoints[index + 1], eadjoints[index + 1]
+            )
+            _accumulate(eadjoints, inputs, found)
+            _collect(hessian, layer.names, w_adjoints)
+        grad_images = eadjoints[0]
+        assert grad_images is not None
+        return {name: hessian[name] for name in theta}, grad_images[0, :, 0].permute(3, 0, 1, 2)
+
+
+def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Tensor | None]) -> None:
+    for index, adjoint in zip(inputs, found, strict=True):
+        before = adjoints[index]
+        adjoints[index] = adjoint if before is None else before if adjoint is None else before + adjoint
+
+
+def _collect(gradient: Weights, names: tuple[str, ...], found: list[Tensor]) -> None:
+    for name, value in zip(names, found, strict=True):
+        gradient[name] = gradient[name] + value if name in gradient else value
+
+
+def _rule(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | None:
+    """The layer of a node of the traced forward; None for one that changes nothing."""
+    if node.op == "call_module":
+        return _module_rule(str(node.target), modules[str(node.target)])
+    if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+        raise UnsupportedLayerError(f"{node.target} with an activation given by name")
+    options = [a for a in node.args if not isinstance(a, fx.Node)]
+    if node.op == "call_function":
+        if node.target in (F.relu, torch.relu):
+            return layers.ReLU()
+        if node.target in (operator.add, torch.add) and (options or node.kwargs):
+            raise UnsupportedLayerError("a sum with a number")
+        if node.target in layers.ELEMENTWISE and not options:
+            function = layers.ELEMENTWISE[node.target]
+            return layers.Differentiated(partial(function, **node.kwargs) if node.kwargs else function)
+        if node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, torch.flatten):
+            return _function_rule(node.target, options, node.kwargs)
+        raise UnsupportedLayerError(getattr(node.target, "__name__", str(node.target)))
+    if node.op == "call_method" and node.target == "flatten":
+        return _function_rule(torch.flatten, options, node.kwargs)
+    if node.op == "call_method" and node.target == "relu":
+        return layers.ReLU()
+    raise UnsupportedLayerError(str(node.target))
+
+
+def _function_rule(function: Any, options: list[Any], kwargs: dict[str, Any]) -> Layer:
+    def module(kernel_size: Any, stride: Any = None, padding: Any = 0, *a: Any, **k: Any) -> nn.Module:
+        kind = nn.AvgPool2d if function is F.avg_pool2d else nn.MaxPool2d
+        order = ("ceil_mode", "count_include_pad", "divisor_override")
+        order = order if kind is nn.AvgPool2d else ("dilation", "ceil_mode", "return_indices")
+        return kind(kernel_size, stride, padding, **dict(zip(order, a, strict=False)), **k)
+
+    if function is torch.flatten:
+        return _module_rule("flatten", nn.Flatten(*(options or [0]), **kwargs))  # type: ignore[return-value]
+    return _module_rule(function.__name__, module(*options, **kwargs))  # type: ignore[return-value]
+
+
+def _module_rule(name: str, module: nn.Module) -> Layer | None:
+    affine = (f"{name}.weight", f"{name}.bias")
+    match module:
+        case nn.Conv2d():
+            return layers.Conv2d(name, module)
+        case nn.Linear():
+            return layers.Linear(name, module.bias is not None)
+        case nn.ReLU():
+            return layers.ReLU()
+        case nn.MaxPool2d():
+            options = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+            return layers.MaxPool2d(*options, module.return_indices)
+        case nn.AvgPool2d() if pair(module.padding) == (0, 0) and not module.ceil_mode and not module.divisor_override:
+            size = {"kernel": pair(module.kernel_size), "stride": pair(module.stride)}
+            return layers.Differentiated(partial(layers.avg_pool2d, **size))
+        case nn.LocalResponseNorm():
+            norm = {"size": module.size, "alpha": module.alpha, "beta": module.beta, "k": module.k}
+            return layers.Differentiated(partial(layers.local_response_norm, **norm))
+        case nn.GroupNorm():
+            function = partial(layers.group_norm, groups=module.num_groups, eps=module.eps)
+            return layers.Differentiated(function, affine if module.affine else ())
+        case nn.Flatten() if (module.start_dim, module.end_dim) == (1, -1):
+            return layers.Reshaped(lambda x: x.flatten(1, -2))
+        case nn.modules.dropout._DropoutNd() | nn.Identity():
+            return None  # dropout is off everywhere (Section S-1)
+        case _ if type(module) in layers.ELEMENTWISE_MODULES:
+            return layers.Differentiated(module)
+    raise UnsupportedLayerError(f"{name} ({type(module).__name__})")
+
+
+def step_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
+    """The fastest for J networks at once: by layers, where the network has rules for them, else with `vmap`.
+
+    Raises:
+        ValueError: the network cannot be batched; naming the engine that can.
+    """
+    name = type(network).__name__
+    try:
+        gradient = LayeredGradient(network)
+        gradient(theta, images, torch.zeros(len(images), dtype=torch.long, device=images.device), again=False)
+        return gradient
+    except UnsupportedLayerError as reason:
+        log.info(f"{name} is batched with vmap, as there is no faster rule for {reason}")
+    batched = AutogradGradient(network, batched=True)
+    try:
+        with torch.no_grad(), training_without_dropout(network):
+            batched.logits(theta, images)
+    except (RuntimeError, NotImplementedError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"network {name} cannot be batched over initial weights ({message}); "
+            "use unroll=functional, or unroll=recompute unroll.batched=false"
+        ) from error
+    return batched

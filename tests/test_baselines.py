@@ -1,0 +1,321 @@
+"""Baseline images, the grid and K-NN against closed forms and a plain loop."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SmallNet
+from torch import nn
+
+from dd_lightning.baselines import (
+    Evaluation,
+    Grid,
+    KNearestNeighbours,
+    Learner,
+    Sets,
+    Training,
+    average_real,
+    kmeans,
+    random_real,
+)
+from dd_lightning.baselines.adaptation import Domains, FewShotAdaptation, NoAdaptation, adapt
+from dd_lightning.baselines.grid import best, share
+from dd_lightning.baselines.learning_rates import learn_rates
+from dd_lightning.data import Packed, RealData
+from dd_lightning.distilled import DistilledData
+from dd_lightning.init import RandomInit
+from dd_lightning.objectives import Classification, Poisoning
+from dd_lightning.parallel import Workers
+from dd_lightning.seeding import Stream
+from dd_lightning.unroll import FunctionalUnroll
+
+
+@pytest.fixture
+def data(packed):
+    result = RealData(Packed(str(packed(size=6)), validation=12), batch_size=16)
+    result.setup()
+    return result
+
+
+@pytest.fixture
+def evaluation(data):
+    learner = Learner(SmallNet(), RandomInit(seed=3), FunctionalUnroll(), data.preprocessing, Classification())
+    return Evaluation(learner, data, Workers(), networks=4)
+
+
+def is_one_of(image, pictures):
+    return (pictures - image).flatten(1).abs().amax(1).min() < 1e-6
+
+
+def test_random_real_sets_are_different_real_images_of_their_class(data):
+    sets = random_real(data, steps=2, sets=3)
+    assert len(sets.members) == 3
+    assert not torch.equal(sets.members[0].images, sets.members[1].images)
+    for one in sets.members:
+        for image, label in zip(one.images.flatten(0, 1), one.labels.flatten(), strict=True):
+            assert is_one_of(image, data.preprocessing(data.train.images[data.train.labels == label]))
+    again = random_real(data, steps=2, sets=3)
+    assert torch.equal(sets.members[2].images, again.members[2].images)
+
+
+def test_average_real_is_the_mean_of_each_class_in_every_step(data):
+    (one,) = average_real(data, steps=3).members
+    assert one.images.shape == (3, 3, 1, 6, 6)
+    for label in range(3):
+        mean = data.preprocessing(data.train.images[data.train.labels == label]).mean(0)
+        for step in range(3):
+            torch.testing.assert_close(one.images[step, label], mean)
+
+
+def test_kmeans_of_one_cluster_is_the_mean_and_of_all_is_the_images(data):
+    (mean,) = average_real(data, steps=1).members
+    (one,) = kmeans(data, steps=1, sets=1).members
+    torch.testing.assert_close(one.images, mean.images, rtol=1e-4, atol=1e-4)
+    counts = data.train.labels.bincount()
+    rarest = int(counts.argmin())
+    members = data.preprocessing(data.train.images[data.train.labels == rarest])
+    (every,) = kmeans(data, steps=1, images_per_class=len(members), sets=1).members
+    found = every.images[every.labels == rarest]
+    assert all(is_one_of(image, found) for image in members)
+
+
+def test_kmeans_is_a_fixed_point_of_its_own_assignment(data):
+    (one,) = kmeans(data, steps=2, images_per_class=2, sets=1).members
+    for label in range(3):
+        members = data.preprocessing(data.train.images[data.train.labels == label]).flatten(1)
+        centroids = one.images[one.labels == label].flatten(1)
+        nearest = torch.cdist(members, centroids).argmin(1)
+        for k in range(4):
+            torch.testing.assert_close(members[nearest == k].mean(0), centroids[k], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"sets": 0}, "sets must"), ({"sets": 2, "keep": 3}, "keep=3"), ({"steps": 9, "images_per_class": 9}, "class 0")],
+)
+def test_impossible_sets_are_refused(data, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        random_real(data, **wrong)
+
+
+def test_too_many_clusters_are_refused_before_the_work(data):
+    with pytest.raises(ValueError, match="too few for 99 clusters"):
+        kmeans(data, steps=99)
+    with pytest.raises(ValueError, match="learning_rate"):
+        kmeans(data, learning_rate=-1.0)
+
+
+def trained_by_hand(weights, one, rate, epochs, pictures, preprocessing):
+    network = SmallNet()
+    network.load_state_dict(weights)
+    DistilledData.create(one.images, one.labels, epochs, rate).train(network)
+    hits = network.eval()(preprocessing(pictures.images)).argmax(1) == pictures.labels
+    return 100 * hits.double().mean().item()
+
+
+def test_the_grid_equals_training_and_testing_every_combination_by_hand(evaluation):
+    sets = random_real(evaluation.data, steps=2, sets=2)
+    grid = Grid([0.003, 0.3], [1, 3], pictures=12)
+    outcome = grid(evaluation, sets)
+    learner, data = evaluation.learner, evaluation.data
+    networks = list(learner.init.held_out(learner.network, 4, Stream.HELD_OUT_VALIDATION))
+    table = {(row["learning_rate"], row["epochs"]): row for row in outcome.details["combinations"]}
+    assert len(table) == 4
+    for (rate, epochs), row in table.items():
+        dealt = [(network, sets.members[i // 2]) for i, network in enumerate(networks)]  # two networks to each set
+        by_hand = [
+            trained_by_hand(network, one, rate, epochs, data.validation, data.preprocessing) for network, one in dealt
+        ]
+        assert row["validation"] == pytest.approx(np.mean(by_hand))
+    chosen = max(table.values(), key=lambda row: row["validation"])
+    assert outcome.details["chosen"] == chosen
+    assert outcome.details["gap"] == pytest.approx(max(r["test"] for r in table.values()) - chosen["test"])
+    tested = list(learner.init.held_out(learner.network, 4, Stream.HELD_OUT_TEST))
+    by_hand = [
+        trained_by_hand(w, one, chosen["learning_rate"], chosen["epochs"], data.test, data.preprocessing)
+        for one in sets.members
+        for w in tested
+    ]
+    assert outcome.result.accuracies[:, -1].tolist() == pytest.approx(by_hand)
+
+
+def test_learned_rates_are_as_good_as_a_line_search():
+    """One network and one minibatch, so that a line search finds the best rate."""
+
+    class Real:
+        train = type("Train", (), {"images": torch.zeros(1)})
+
+        def minibatch(self, step):
+            random = torch.Generator().manual_seed(0)
+            images = torch.randn(30, 1, 2, 2, generator=random)
+            return images, (images[:, 0, 0, 0] > 0).long()
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    init = RandomInit(seed=1)
+    init.sample = lambda network, step: RandomInit.sample(init, network, 0)  # type: ignore[method-assign]
+    real, unroll = Real(), FunctionalUnroll()
+    images = torch.randn(1, 2, 1, 2, 2, generator=torch.Generator().manual_seed(2))
+    start = DistilledData.create(images, torch.tensor([[0, 1]]), 1, 0.02)
+    raw = learn_rates([start], network, init, unroll, Classification(), real, 80, 0.3)["raw"]  # type: ignore[arg-type]
+
+    def loss(rate):
+        data = DistilledData.create(start.images, start.labels, 1, float(rate))
+        theta = unroll(network, init.sample(network, 0), data.steps())
+        x, y = real.minibatch(0)
+        return F.cross_entropy(x.flatten(1) @ theta["1.weight"][0].T + theta["1.bias"][0], y).item()
+
+    learned = F.softplus(torch.from_numpy(raw)).item()
+    rates = np.geomspace(1e-3, 100, 100)
+    assert loss(learned) <= min(map(loss, rates)) + 1e-3
+    assert torch.equal(start.raw_learning_rates, DistilledData.create(images, start.labels, 1, 0.02).raw_learning_rates)
+
+
+def test_learned_rates_are_a_combination_of_each_number_of_epochs(evaluation):
+    sets = random_real(evaluation.data, steps=2, sets=1)
+    outcome = Grid(["learned"], [1, 2], outer_steps=3)(evaluation, sets)
+    assert {k: np.shape(v) for k, v in outcome.details["learned_rates"].items()} == {"1": (1, 2), "2": (2, 2)}
+    epochs = outcome.details["chosen"]["epochs"]
+    used = outcome.sets[0].learning_rates
+    torch.testing.assert_close(used, torch.tensor(outcome.details["learned_rates"][str(epochs)]))
+
+
+def test_optimised_sets_are_the_best_on_training_pictures(evaluation):
+    sets = random_real(evaluation.data, steps=1, epochs=2, learning_rate=0.1, sets=4, keep=2)
+    kept = Training()(evaluation, sets).sets
+    learner, data = evaluation.learner, evaluation.data
+    networks = list(learner.init.held_out(learner.network, 20, Stream.HELD_OUT_VALIDATION))
+    scores = [
+        np.mean([trained_by_hand(w, one, 0.1, 2, data.train, data.preprocessing) for w in networks])
+        for one in sets.members
+    ]
+    expected = [sets.members[i] for i in sorted(np.argsort(scores)[::-1][:2])]
+    assert [id(one) for one in kept] == [id(one) for one in expected]
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rates": []}, {"learning_rates": [0.1, 0.1]}, {"learning_rates": [-1]}])
+def test_impossible_grids_are_refused(wrong):
+    with pytest.raises(ValueError, match="learning_rates"):
+        Grid(**{"epochs": [1], **wrong})
+
+
+def test_every_share_of_pictures_comes_in_turn(data):
+    seen = torch.cat([share(data.validation, i, 4).labels for i in range(3)])
+    assert torch.equal(seen, data.validation.labels)
+    assert torch.equal(share(data.validation, 3, 4).labels, data.validation.labels[:4])
+    assert len(share(data.validation, 0, 100)) == 12
+
+
+def test_the_best_combination_is_the_most_accurate():
+    assert best({"accuracy": np.array([3.0, 9.0, 5.0])}) == 1
+
+
+def test_a_poisoning_combination_must_move_the_attacked_class():
+    """Figure 6's rule: the best accuracy among those that move at least 10 %."""
+    accuracy = np.array([90.0, 80.0, 70.0])
+    assert best({"accuracy_modified_labels": accuracy, "attack_share": np.array([0.0, 11.0, 99.0])}, 10) == 1
+    assert best({"accuracy_modified_labels": accuracy, "attack_share": np.array([0.0, 8.0, 9.0])}, 10) == 2
+
+
+def test_baselines_of_poisoning_carry_the_modified_labels(data):
+    sets = average_real(data, steps=2).relabelled(Poisoning(0, 2))
+    assert sets.members[0].labels.tolist() == [[2, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(("metric", "p"), [("l1", 1), ("l2", 2)])
+def test_nearest_neighbours_by_hand(evaluation, metric, p):
+    sets = random_real(evaluation.data, steps=2, sets=2)
+    outcome = KNearestNeighbours([1], [metric])(evaluation, sets)
+    test = evaluation.data.test
+    pictures = evaluation.data.preprocessing(test.images).flatten(1)
+    for one, found in zip(sets.members, outcome.result.accuracies[:, -1], strict=True):
+        distances = torch.cdist(pictures, one.images.flatten(0, 1).flatten(1), p=p)
+        hits = one.labels.flatten()[distances.argmin(1)] == test.labels
+        assert found.item() == pytest.approx(100 * hits.double().mean().item())
+
+
+def test_pieces_of_work_are_kept_and_not_done_again(tmp_path):
+    done = []
+
+    def work(number):
+        done.append(number)
+        if number == 2 and len(done) < 4:
+            raise KeyboardInterrupt
+        return {"square": np.array([number**2])}
+
+    pieces = {str(n): (n,) for n in (1, 3, 2)}
+    with pytest.raises(KeyboardInterrupt):
+        Workers(1, tmp_path).map("squares", work, pieces)
+    results = Workers(1, tmp_path).map("squares", work, pieces)
+    assert done == [1, 3, 2, 2]
+    assert [int(r["square"][0]) for r in results.values()] == [1, 9, 4]
+
+
+@pytest.mark.slow  # starts processes
+def test_several_processes_find_what_one_finds(evaluation):
+    from dataclasses import replace
+
+    sets = random_real(evaluation.data, steps=1, sets=3)
+    one = Training()(evaluation, sets).result
+    two = Training()(replace(evaluation, workers=Workers(2)), sets).result
+    assert torch.equal(one.accuracies, two.accuracies)
+
+
+def test_no_adaptation_is_the_accuracy_of_the_networks_as_they_are(evaluation):
+    untrained = NoAdaptation()(evaluation, Sets([])).result
+    trained = Training()(evaluation, average_real(evaluation.data, steps=1)).result
+    assert torch.equal(untrained.accuracies[:, 0], trained.accuracies[:, 0])
+
+
+def test_pairs_are_of_their_group(data):
+    (few,) = random_real(data, steps=2, sets=1).members
+    domains = Domains(data.train, data.preprocessing, few.images.flatten(0, 1) + 100, few.labels.flatten())
+    source = data.preprocessing(data.train.images)
+    random = torch.Generator().manual_seed(0)
+
+    def label(image):
+        pictures, labels = (source, data.train.labels) if image.max() < 50 else (domains.images, domains.labels)
+        return labels[(pictures - image).flatten(1).abs().amax(1).argmin()].item()
+
+    for group, (same, target) in enumerate([(True, False), (True, True), (False, False), (False, True)]):
+        first, second = domains.pairs(group, 20, random)
+        assert first.max() < 50
+        assert (second.min() > 50) == target
+        assert all((label(a) == label(b)) == same for a, b in zip(first, second, strict=True))
+
+
+def stripes(labels, left):
+    """Noise with a bright stripe in the row of the class, on the left or on the right."""
+    images = np.random.default_rng(0).integers(0, 80, (len(labels), 6, 6)).astype(np.uint8)
+    images[np.arange(len(labels)), labels, 0 if left else 3] += 150
+    images[np.arange(len(labels)), labels, 1 if left else 4] += 150
+    return images
+
+
+def test_few_shot_adaptation_learns_a_shifted_domain(packed):
+    """The target's stripes are where the source network has learned nothing."""
+    files = {}
+    for name in ("source", "target"):
+        labels = {"train_labels": np.arange(60) % 3, "test_labels": np.arange(30) % 3}
+        images = {k.replace("labels", "images"): stripes(v, name == "source") for k, v in labels.items()}
+        files[name] = str(packed(name=name, **labels, **images))
+    form = {"validation": 12, "mean": [0.5], "std": [0.25]}
+    source, target = Packed(files["source"], **form), RealData(Packed(files["target"], **form))
+    target.setup()
+    pictures, _, preprocessing, _ = source.load()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(50):
+        loss = F.cross_entropy(network(preprocessing(pictures.images)), pictures.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (few,) = random_real(target, steps=2, sets=1).members
+    images = target.preprocessing(target.test.images)
+    before = (network(images).argmax(1) == target.test.labels).double().mean()
+    domains = Domains(pictures, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
+    settings = FewShotAdaptation(source, discriminator_steps=10, steps=50, batch_size=16, learning_rate=0.01)
+    adapt(network, domains, settings, seed=0)
+    after = (network(images).argmax(1) == target.test.labels).double().mean()
+    assert before < 0.6
+    assert after > 0.9

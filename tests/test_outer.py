@@ -1,0 +1,129 @@
+"""The outer loss and its gradient: against a plain graph, in chunks, in bfloat16, and as a CUDA graph."""
+
+import logging
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from conftest import SmallNet
+from torch import nn
+
+from dd_lightning.capture import OuterStep
+from dd_lightning.distilled import DistilledData
+from dd_lightning.init import RandomInit
+from dd_lightning.networks import LeNet, evaluating, forward_each
+from dd_lightning.objectives import Classification
+from dd_lightning.outer import OuterLoss
+from dd_lightning.unroll import AdjointUnroll
+
+
+class ViewingNet(nn.Module):
+    """Takes no images in channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4 * 36, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).view(len(x), -1))
+
+
+def real(channels, size, classes, dtype=torch.float64, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(12, channels, size, size, generator=generator).to(device, dtype)
+    return images, (torch.arange(12) % classes).to(device)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "classes"),
+    [(LeNet(1, 16, 4), (1, 16), 4), (SmallNet(3, 8, 5), (3, 8), 5), (ViewingNet(), (3, 8), 5)],
+)
+def test_loss_and_gradient_are_those_of_a_plain_graph(network, shape, classes):
+    network = network.double()
+    theta = {n: v.requires_grad_() for n, v in RandomInit(per_step=3).sample(network, 0).items()}
+    images, labels = real(*shape, classes)
+    with evaluating(network):
+        expected = Classification()(forward_each(network, theta, images), labels)
+    found = OuterLoss(Classification())(network, theta, images, labels)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(2 * loss, list(theta.values())) for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_bfloat16_is_near_and_not_the_same():
+    network = LeNet(1, 16, 4)
+    theta = {n: v.requires_grad_() for n, v in RandomInit(per_step=2).sample(network, 0).items()}
+    images, labels = real(1, 16, 4, torch.float32)
+    exact, rough = (
+        torch.autograd.grad(OuterLoss(Classification(), p)(network, theta, images, labels), list(theta.values()))
+        for p in ("float32", "bfloat16")
+    )
+    for one, other in zip(exact, rough, strict=True):
+        assert other.dtype == torch.float32
+        assert 0 < (one - other).norm() < 0.2 * one.norm()
+    with pytest.raises(ValueError, match="float32, bfloat16"):
+        OuterLoss(Classification(), "float8")
+
+
+def outer_step(device="cpu", dtype=torch.float64, **options):
+    network = LeNet(1, 16, 4).to(device, dtype)
+    theta_0 = RandomInit(per_step=5).sample(network, 0)
+    images = torch.randn(2, 4, 1, 16, 16, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    data = DistilledData.create(images, torch.arange(4).expand(2, 4), 2, 0.1).to(device)
+    parameters = [data.images.requires_grad_(), data.raw_learning_rates.requires_grad_()]
+    unroll, outer_loss = AdjointUnroll(), OuterLoss(Classification())
+    step = OuterStep(lambda theta, x, y: outer_loss(network, unroll(network, theta, data.steps()), x, y), **options)
+    return step, theta_0, real(1, 16, 4, dtype, device), parameters
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
+def test_chunks_change_nothing(chunk):
+    step, theta_0, batch, parameters = outer_step(chunk=chunk)
+    loss, gradients = step((theta_0, *batch), parameters, of=5)
+    expected = step.loss(theta_0, *batch)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(tuple(gradients), torch.autograd.grad(expected, parameters))
+
+
+def test_shares_add_up():
+    step, theta_0, batch, parameters = outer_step()
+    parts = [{name: value[own] for name, value in theta_0.items()} for own in (slice(0, 2), slice(2, 5))]
+    shares = [step((part, *batch), parameters, of=5) for part in parts]
+    loss, gradients = step((theta_0, *batch), parameters, of=5)
+    torch.testing.assert_close(shares[0][0] + shares[1][0], loss)
+    torch.testing.assert_close([a + b for a, b in zip(shares[0][1], shares[1][1], strict=True)], gradients)
+
+
+def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
+    def refuse(*args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    class OnGpu:
+        type = "cuda"
+
+    monkeypatch.setattr("dd_lightning.capture._Graph", refuse)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    step, theta_0, batch, parameters = outer_step()
+    expected = step.gradients((theta_0, *batch), parameters, 5)
+    images = MagicMock(device=OnGpu(), shape=batch[0].shape)
+    monkeypatch.setattr(step, "gradients", lambda *args: expected)
+    with caplog.at_level(logging.WARNING):
+        assert step((theta_0, images, batch[1]), parameters, 5) is expected
+    assert "operation not permitted" in caplog.text
+    assert not step.capture
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_gives_the_same_gradient_step_after_step():
+    step, theta_0, (images, labels), parameters = outer_step("cuda")
+    for _ in range(3):
+        images = images.flip(0)
+        theta_0 = {name: value + 0.01 for name, value in theta_0.items()}
+        expected = step.gradients((theta_0, images, labels), parameters, 5)
+        found = step((theta_0, images, labels), parameters, 5)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+        with torch.no_grad():
+            parameters[0].add_(0.1)
+    assert step.capture
+    assert len(step._graphs) == 1

@@ -1,0 +1,177 @@
+"""Sweeps: what is finished is not run again, what fails stops nothing else; tables' rows and columns compose."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from dd_lightning.commands.launch import CONF
+from dd_lightning.commands.report import PAPER
+
+TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom", "init=random")
+TOY += ("network._target_=conftest.SmallNet", "networks=3", "distilled=random_real", "distilled.sets=2")
+TOY += ("distilled.steps=2",)
+SWEPT = (*TOY, "hydra.sweep.dir=runs/sweep", "hydra.sweep.subdir=${distilled.learning_rate}")
+
+
+@pytest.fixture(autouse=True)
+def toy(packed):
+    return packed()
+
+
+def results():
+    """The result files of the sweep, by the learning rate of their job."""
+    return {path.parent.name: path for path in Path("runs/sweep").glob("*/result.json")}
+
+
+def test_finished_jobs_are_skipped_and_failed_ones_listed_and_run_again(run):
+    jobs = ("-m", "distilled.learning_rate=0.1,-1,0.2")
+    code, error, _ = run("evaluate", *jobs, *SWEPT)
+    assert code == 1
+    assert "1 job(s) of the sweep failed; the same command runs them again" in error
+    assert "distilled.learning_rate=-1" in error
+    assert "learning_rate[0] must be a number above 0, not -1" in error
+    assert "Traceback" not in error
+    first = {rate: path.stat().st_mtime_ns for rate, path in results().items()}
+    assert set(first) == {"0.1", "0.2"}
+    code, error, _ = run("evaluate", "-m", "distilled.learning_rate=0.1,0.2,0.3", *SWEPT)
+    second = {rate: path.stat().st_mtime_ns for rate, path in results().items()}
+    assert second.pop("0.3")
+    assert second == first
+
+
+def test_a_job_of_other_settings_is_run_in_the_same_folder(run):
+    run("evaluate", "-m", "distilled.learning_rate=0.1", *SWEPT)
+    (path,) = results().values()
+    finished = json.loads((path.parent / "finished.json").read_text())
+    finished["settings"]["networks"] = 99
+    (path.parent / "finished.json").write_text(json.dumps(finished))
+    before = path.stat().st_mtime_ns
+    run("evaluate", "-m", "distilled.learning_rate=0.1", *SWEPT)
+    assert path.stat().st_mtime_ns > before
+
+
+def test_a_grid_is_one_job_and_leaves_its_choice(run):
+    grid = ("use=grid", "use.learning_rates=[0.1,0.3]", "use.epochs=[1,2]", "use.pictures=10")
+    code, error, folder = run("evaluate", *TOY, *grid)
+    assert (code, error) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    assert len(result["use"]["combinations"]) == 4
+    assert result["use"]["chosen"] in result["use"]["combinations"]
+    assert result["use"]["gap"] >= 0
+    assert len(result["test"]["accuracies"]) == 6
+    assert not (folder / "pieces").exists()
+    assert (folder / "distilled.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("use=grid use.learning_rates=[0.1,0.1]", "use: learning_rates must be different values"),
+        ("use=grid use.epochs=[0]", "use: epochs[0] must"),
+        ("use=knn use.metrics=[l3]", "use: unknown metric 'l3'; choose one of l1, l2"),
+        ("use=few_shot_adaptation", "use: few-shot adaptation needs the networks' own data set: +dataset@source=NAME"),
+        ("distilled.sets=0", "distilled: sets must"),
+        ("processes=0", "processes must"),
+        ("column=nonsense", "average_real"),
+    ],
+)
+def test_bad_input_in_one_line(run, overrides, message):
+    code, error, _ = run("evaluate", *TOY, *overrides.split())
+    assert code not in (0, None)
+    assert message in error
+    assert "Traceback" not in error
+    assert error.startswith("dd-evaluate: error: ")
+
+
+def test_a_missing_population_names_the_command_that_makes_it(run):
+    code, error, _ = run("evaluate", "row=m2u", "column=no_adaptation", "dataset=digits")
+    assert code == 1
+    assert "dd-pretrain" in error
+
+
+def test_baselines_start_a_distillation_but_candidates_do_not(run):
+    short = (
+        "trainer.max_steps=1",
+        "callbacks.held_out.test_networks=1",
+        "callbacks.held_out.networks=1",
+        "batch_size=8",
+    )
+    code, error, _ = run("distill", *TOY[:5], TOY[5], *short, "distilled=average_real", "init=fixed")
+    assert (code, error) == (0, "")
+    code, error, _ = run("distill", *TOY[:5], TOY[5], *short, "distilled=optimized_real", "distilled.steps=1")
+    assert code == 1
+    assert "for dd-evaluate alone" in error
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(CONF.parent)])}
+
+
+def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path):
+    jobs = ("-m", "distilled.learning_rate=0.1,0.2", "networks=100", "distilled.steps=2", "distilled.sets=8")
+    overrides = [o for o in SWEPT if not o.startswith(("networks", "distilled.s"))]
+    command = [sys.executable, "-m", "dd_lightning.commands.evaluate", *jobs, *overrides]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 200
+        while not (kept := list(tmp_path.rglob("testing/*.npz"))) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    before = len(list(kept[0].parent.glob("networks*.npz")))
+    assert before < 10
+    assert not list(tmp_path.rglob("result.json"))
+    code = "import sys; from dd_lightning.baselines import evaluation as e\n"
+    code += "done, work = [], e.judge_sets\n"
+    code += "def counted(*a):\n    done.append(1)\n    return work(*a)\n"
+    code += "e.judge_sets = counted\n"
+    code += "from dd_lightning.commands import evaluate\nevaluate.main()\nprint('pieces', len(done))"
+    again = [sys.executable, "-c", code, *jobs, *overrides]
+    out = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True).stdout
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+    assert int(out.split("pieces ")[1]) == 20 - before
+
+
+@pytest.mark.slow  # starts processes
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers(tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    command = [sys.executable, "-m", "dd_lightning.commands.evaluate", "-m", "distilled.learning_rate=0.1,-1,0.2"]
+    command += [*SWEPT, f"hydra/launcher={launcher}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "1 job(s) of the sweep failed" in done.stderr
+    assert "learning_rate[0] must be a number above 0, not -1" in done.stderr
+    assert len(list(tmp_path.glob("runs/sweep/*/result.json"))) == 2
+
+
+def test_every_number_of_the_paper_has_a_command_that_composes():
+    """Rows, columns, sweeps and experiments that paper.yaml names exist, and the sweeps run through all of them."""
+    paper = yaml.safe_load(PAPER.read_text())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for table in paper["tables"].values():
+            sweep = yaml.safe_load((CONF / "sweep" / f"{table['sweep']}.yaml").read_text())
+            params = {k: v.split(",") for k, v in sweep["hydra"]["sweeper"]["params"].items()}
+            assert set(params["row"]) == set(table["rows"])
+            of_sweep = {c for row in table["rows"].values() for c, v in row["cells"].items() if "experiment" not in v}
+            assert set(params["column"]) == of_sweep
+            for row, of_row in table["rows"].items():
+                for column, cell in of_row["cells"].items():
+                    if "experiment" in cell:
+                        assert (CONF / "experiment" / f"{cell['experiment']}.yaml").is_file()
+                    else:
+                        overrides = [f"sweep={table['sweep']}", f"row={row}", f"column={column}"]
+                        assert compose("evaluate", overrides=overrides).name == table["sweep"]
+        for entry in paper["curves"].values():
+            assert compose("distill", overrides=[f"sweep={entry['sweep']}"]).name == entry["sweep"]
+        five = compose("distill", overrides=["sweep=fig5_steps_vs_batch", "+arrangement=one_step", "per_class=7"])
+        assert (five.distilled.steps, five.distilled.images_per_class) == (1, 7)
+        six = compose("evaluate", overrides=["sweep=fig6_baselines", "row=fig6_mnist", "column=kmeans"])
+        assert (list(six.use.epochs), six.distilled.steps, six.objective.target_class) == ([1], 1, 1)
