@@ -65,7 +65,7 @@ class DatasetDistiller(pl.LightningModule):
         self.init, self.unroll, self.objective = init, unroll, objective
         self.outer_loss = OuterLoss(objective, precision)
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
-        self._outer_step = OuterStep(self.loss, chunk if getattr(unroll, "batched", False) else 1, capture)
+        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self._config = config or {}
 

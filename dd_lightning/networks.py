@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dd_lightning.stem import stem_of
+
 Weights = dict[str, Float[Tensor, "init ..."]]
 
 
@@ -42,8 +44,8 @@ class LeNet(nn.Module):
 
     def __init__(self, in_channels: int = 1, image_size: int = 28, num_classes: int = 10) -> None:
         super().__init__()
-        if image_size < 12:
-            raise ValueError(f"LeNet needs images of at least 12 pixels, not {image_size}")
+        if image_size < 16:
+            raise ValueError(f"LeNet needs images of at least 16 pixels, not {image_size}")
         padding = 2 if image_size == 28 else 0
         self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=padding)
         self.pool = MaxPool2d(2)
@@ -143,6 +145,13 @@ def unstack(weights: Weights) -> list[dict[str, Tensor]]:
     ]
 
 
+def split(weights: Weights, size: int) -> list[Weights]:
+    """The networks in parts of about the same number, of at most `size`."""
+    count = len(next(iter(weights.values())))
+    parts = zip(*(value.tensor_split(-(-count // size)) for value in weights.values()), strict=True)
+    return [dict(zip(weights, part, strict=True)) for part in parts]
+
+
 def forward_each(
     network: nn.Module, weights: Weights, images: Float[Tensor, "batch c h w"]
 ) -> Float[Tensor, "init batch classes"]:
@@ -154,8 +163,18 @@ def predict(
     network: nn.Module, weights: Weights, images: Float[Tensor, "batch c h w"]
 ) -> Float[Tensor, "init batch classes"]:
     """Logits of the J networks on the same images, in eval mode."""
+    format = memory_format(network, images)
+    images = images.to(memory_format=format)
     with evaluating(network):
-        return forward_each(network, weights, images.to(memory_format=memory_format(network, images)))
+        stem = stem_of(network, images, format)
+        if stem is None:
+            return forward_each(network, weights, images)
+        logits = []
+        for part in split(weights, stem.networks):
+            features = stem({name: part.pop(name) for name in stem.names}, images)
+            for single, one in zip(unstack(part), stem.inputs(features), strict=True):
+                logits.append(functional_call(stem.tail, single, (one,)))
+        return torch.stack(logits)
 
 
 _FORMATS: WeakKeyDictionary[nn.Module, torch.memory_format] = WeakKeyDictionary()

@@ -1,6 +1,7 @@
 """The outer loss: trained networks on real pictures (Algorithm 1, line 7)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dd_lightning.checks import check_choice
-from dd_lightning.networks import Weights, evaluating, memory_format, stack, unstack
+from dd_lightning.networks import Weights, evaluating, memory_format, split, stack, unstack
+from dd_lightning.stem import Stem, stem_of
 
+LossesAndGradient = tuple[list[Tensor], Weights]
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -18,7 +21,7 @@ class OuterLoss:
     """Mean objective of J trained networks on one real minibatch, in eval mode.
 
     Only first derivatives are needed here, so each network's gradient is taken at once, and its graph is gone before
-    the next network's is made: memory does not grow with J.
+    the next network's is made: memory does not grow with J. Networks with a narrow first convolution share it.
 
     Args:
         objective: of logits [init, batch, classes] and labels [batch]; a mean over both.
@@ -33,31 +36,64 @@ class OuterLoss:
     def __call__(
         self, network: nn.Module, theta: Weights, images: Float[Tensor, "batch c h w"], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
-        images = images.to(memory_format=memory_format(network, images))
-
-        def loss(single: dict[str, Tensor]) -> Tensor:
-            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-                logits = functional_call(network, single, (images,))
-            return self.objective(logits.to(images.dtype)[None], labels)
-
+        format = memory_format(network, images)
+        images = images.to(memory_format=format)
         with evaluating(network):
-            return _MeanLoss.apply(loss, list(theta), *theta.values())  # type: ignore[return-value]
+            stem = stem_of(network, images, format)
+            if stem is None or len(next(iter(theta.values()))) == 1:
+                gradients = partial(self._gradients, network, images, labels)
+            else:
+                gradients = partial(self._stemmed_gradients, stem, images, labels)
+            return _MeanLoss.apply(gradients, list(theta), *theta.values())  # type: ignore[return-value]
+
+    def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor, theta: Weights) -> LossesAndGradient:
+        """Each network by itself."""
+        found = [self._gradient(network, single, images, labels) for single in unstack(theta)]
+        losses, gradients = zip(*found, strict=True)
+        return list(losses), stack([dict(zip(theta, gradient, strict=True)) for gradient in gradients])
+
+    def _stemmed_gradients(self, stem: Stem, images: Tensor, labels: Tensor, theta: Weights) -> LossesAndGradient:
+        """A few networks' stems at once, then each network's tail."""
+        losses, gradients = [], []
+        for part in split(theta, stem.networks):
+            of_stem = {name: part.pop(name).detach().requires_grad_() for name in stem.names}
+            with torch.enable_grad(), self._autocast(images):
+                features = stem(of_stem, images)
+            tails, adjoints = [], []
+            for single, one in zip(unstack(part), stem.inputs(features.detach()), strict=True):
+                loss, (*gradient, adjoint) = self._gradient(stem.tail, single, one.requires_grad_(), labels)
+                losses.append(loss)
+                tails.append(dict(zip(single, gradient, strict=True)))
+                adjoints.append(adjoint)
+            found = torch.autograd.grad(features, list(of_stem.values()), torch.cat(adjoints, dim=1))
+            gradients.append(stack(tails) | dict(zip(of_stem, found, strict=True)))
+        return losses, {name: torch.cat([part[name] for part in gradients]) for name in theta}
+
+    def _gradient(
+        self, network: nn.Module, single: dict[str, Tensor], images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One network's loss, and its gradient with respect to the weights and, where they require one, the images."""
+        leaves = {name: value.detach().requires_grad_() for name, value in single.items()}
+        with torch.enable_grad():
+            with self._autocast(images):
+                logits = functional_call(network, leaves, (images,))
+            loss = self.objective(logits.to(next(iter(single.values())).dtype)[None], labels)
+        inputs = [*leaves.values(), *([images] if images.requires_grad else [])]
+        return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
 
 class _MeanLoss(torch.autograd.Function):
     """Mean of a loss over J networks, with its gradient taken on the way."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Callable[[dict[str, Tensor]], Tensor], names: list[str], *theta: Tensor) -> Tensor:
-        losses, gradients = [], []
-        for single in unstack(dict(zip(names, theta, strict=True))):
-            leaves = {name: value.detach().requires_grad_() for name, value in single.items()}
-            with torch.enable_grad():
-                losses.append(loss(leaves))
-            found = torch.autograd.grad(losses[-1], list(leaves.values()), allow_unused=True, materialize_grads=True)
-            gradients.append(dict(zip(names, found, strict=True)))
-            losses[-1] = losses[-1].detach()
-        ctx.save_for_backward(*stack(gradients).values())
+    def forward(
+        ctx: Any, gradients: Callable[[Weights], LossesAndGradient], names: list[str], *theta: Tensor
+    ) -> Tensor:
+        losses, gradient = gradients(dict(zip(names, theta, strict=True)))
+        ctx.save_for_backward(*(gradient[name] for name in names))
         return torch.stack(losses).mean()
 
     @staticmethod

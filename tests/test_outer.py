@@ -41,7 +41,7 @@ def real(channels, size, classes, dtype=torch.float64, device="cpu"):
 )
 def test_loss_and_gradient_are_those_of_a_plain_graph(network, shape, classes):
     network = network.double()
-    theta = {n: v.requires_grad_() for n, v in RandomInit(per_step=3).sample(network, 0).items()}
+    theta = {n: v.requires_grad_() for n, v in RandomInit(per_step=7).sample(network, 0).items()}
     images, labels = real(*shape, classes)
     with evaluating(network):
         expected = Classification()(forward_each(network, theta, images), labels)

@@ -32,7 +32,7 @@ from dd_lightning.data import Digits, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet
+from dd_lightning.networks import AlexCifarNet, LeNet, split
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import FunctionalUnroll, Unroll
@@ -95,12 +95,16 @@ class OuterStep:
         clock = Clock(self.device)
         theta_0 = self.init.sample(self.network, self.count)
         clock.lap("init")
-        theta_T = engine.unroll(self.network, theta_0, self.distilled.steps())
-        clock.lap("inner")
-        loss = engine.outer_loss(self.network, theta_T, *self.real)
-        clock.lap("outer")
-        loss.backward(inputs=[self.distilled.images, self.distilled.raw_learning_rates])
-        clock.lap("backward")
+        # As in training, networks that are not batched are unrolled one by one, so that memory holds the graph of one.
+        together = self.init.per_step if engine.unroll.batched else 1
+        parts = split(theta_0, together)
+        for part in parts:
+            theta_T = engine.unroll(self.network, part, self.distilled.steps())
+            clock.lap("inner")
+            loss = engine.outer_loss(self.network, theta_T, *self.real) / len(parts)
+            clock.lap("outer")
+            loss.backward(inputs=[self.distilled.images, self.distilled.raw_learning_rates])
+            clock.lap("backward")
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.lap("update")
@@ -109,7 +113,7 @@ class OuterStep:
 
 
 class Clock:
-    """Seconds between laps, with the device's work done."""
+    """Seconds of each part, with the device's work done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -123,7 +127,7 @@ class Clock:
 
     def lap(self, part: str) -> None:
         now = self._now()
-        self.laps[part], self._last = now - self._last, now
+        self.laps[part], self._last = self.laps.get(part, 0.0) + now - self._last, now
 
 
 def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:

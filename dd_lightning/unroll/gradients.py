@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
 from dd_lightning.networks import Weights, forward_each, training_without_dropout
+from dd_lightning.stem import Tracer
 from dd_lightning.unroll import layers
 from dd_lightning.unroll.layers import Layer, UnsupportedLayerError, pair
 
@@ -70,11 +71,6 @@ class AutogradGradient(StepGradient):
         return dict(zip(theta, hessian, strict=True)), grad_images
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.MaxPool2d | nn.LocalResponseNorm) or super().is_leaf_module(m, module_qualified_name)
-
-
 class LayeredGradient(StepGradient):
     """By the rules of `dd_lightning.unroll.layers`, for networks made of layers that have one.
 
@@ -84,7 +80,7 @@ class LayeredGradient(StepGradient):
 
     def __init__(self, network: nn.Module) -> None:
         try:
-            graph = _Tracer().trace(network)
+            graph = Tracer().trace(network)
         except Exception as error:
             raise UnsupportedLayerError(f"a forward that cannot be traced ({type(error).__name__})") from error
         modules = dict(network.named_modules())

@@ -17,7 +17,12 @@ class Unroll(ABC):
 
     Args:
         optimizer: of the inner loop; plain gradient descent (Eq. 9) by default.
+
+    Attributes:
+        batched: whether J networks are trained all at once; None: where the network allows it.
     """
+
+    batched: bool | None = False
 
     def __init__(self, optimizer: InnerOptimizer | None = None) -> None:
         self.optimizer = optimizer or GradientDescent()
