@@ -234,7 +234,7 @@ class _Quiet(SimpleProfiler):
 
 
 def measure(step: OuterStep, engines: dict[str, Engine], repeats: int, title: str) -> dict[str, Measured]:
-    """The engines in turn, after one step of each that is not timed and gives the peak of memory."""
+    """The engines in turn, after two steps of each that are not timed; the second gives the peak of memory."""
     measured = {name: Measured() for name in engines}
     for repeat in track(range(repeats + 1), description=title, console=get_console(), transient=True):
         for name, engine in engines.items():
@@ -243,6 +243,7 @@ def measure(step: OuterStep, engines: dict[str, Engine], repeats: int, title: st
                 continue
             try:
                 if repeat == 0:
+                    step.run(engine)  # the first makes what stays: traces, the optimizer's state
                     result.peak = peak_memory(step.device, lambda engine=engine: step.run(engine))
                 else:
                     result.seconds.append(step.run(engine))

@@ -151,6 +151,10 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise
-            sys.exit(f"{program}: error: {one_line(error)}")
+            message = one_line(error)
+            if message.startswith("hydra."):  # which Hydra makes of these before the task
+                given = [o for o in sys.argv[1:] if o.lstrip("+").partition("=")[0] in ("name", "runs_dir")]
+                message += f" (given: {', '.join(given)})" if given else ""
+            sys.exit(f"{program}: error: {message}")
 
     return main
