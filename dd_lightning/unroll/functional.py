@@ -4,29 +4,40 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from dd_lightning.networks import Weights, forward_each, training_without_dropout
-from dd_lightning.unroll.interface import GraphUnroll, Step, leaves
+from dd_lightning.networks import memory_format
+from dd_lightning.unroll.interface import GraphUnroll, Single, Step
 
 
 class FunctionalUnroll(GraphUnroll):
-    """Unrolls with `torch.func.functional_call`, one network after the other: `higher` without its copies."""
+    """Unrolls with `torch.func.functional_call`: `higher` without its copies.
+
+    On a CPU images and weights are in the memory format that convolutions are fastest in.
+    """
 
     def unroll(
-        self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool
-    ) -> Iterator[Weights]:
-        theta = leaves(theta_0)
+        self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
+    ) -> Iterator[Single]:
+        theta = _leaves({name: _channels_last(weight) for name, weight in theta_0.items()})
         state = self.optimizer.init(theta)
-        with training_without_dropout(network):
-            for images, labels, rate in steps:
-                with torch.enable_grad():
-                    logits = forward_each(network, theta, images)
-                    # The sum over networks of each network's mean: no network sees another's gradient.
-                    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))) * len(logits)
-                    gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=differentiable)
-                    gradient = dict(zip(theta, gradients, strict=True))
-                    theta, state = self.optimizer.update(theta, gradient, state, rate)  # Eq. (9)
-                if not differentiable:
-                    theta, state = leaves(theta), {name: value.detach() for name, value in state.items()}
-                yield theta
+        for images, labels, rate in steps:
+            with torch.enable_grad():
+                images = images.to(memory_format=memory_format(network, images))
+                loss = F.cross_entropy(functional_call(network, theta, (images,)), labels)
+                gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=differentiable)
+                gradient = dict(zip(theta, gradients, strict=True))
+                theta, state = self.optimizer.update(theta, gradient, state, rate)  # Eq. (9)
+            if not differentiable:
+                theta, state = _leaves(theta), {name: value.detach() for name, value in state.items()}
+            yield theta
+
+
+def _leaves(theta: Single) -> Single:
+    return {name: weight.detach().requires_grad_() for name, weight in theta.items()}
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    on_cpu = weight.device.type == "cpu" and weight.ndim == 4
+    return weight.contiguous(memory_format=torch.channels_last) if on_cpu else weight

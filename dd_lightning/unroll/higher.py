@@ -1,4 +1,4 @@
-"""The reference engine: `higher` (Grefenstette et al., 2019), one network after the other."""
+"""The reference engine: `higher` (Grefenstette et al., 2019)."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,28 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dd_lightning.networks import Weights, stack, training_without_dropout, unstack
-from dd_lightning.unroll.interface import GraphUnroll, Step
+from dd_lightning.unroll.interface import GraphUnroll, Single, Step
 
 
 class HigherUnroll(GraphUnroll):
     """Unrolls with `higher`'s differentiable optimizers; the gradients every other engine is held against."""
 
     def unroll(
-        self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool
-    ) -> Iterator[Weights]:
+        self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
+    ) -> Iterator[Single]:
         functional = higher.monkeypatch(network, track_higher_grads=differentiable)
         names = [name for name, _ in network.named_parameters()]
-        optimizer = self.optimizer.torch_optimizer(network.parameters())  # the rate is given at every step
-        optimizers = [
-            higher.get_diff_optim(optimizer, network.parameters(), functional, track_higher_grads=differentiable)
-            for _ in unstack(theta_0)
-        ]
-        thetas = [[single[name].detach().requires_grad_() for name in names] for single in unstack(theta_0)]
-        with training_without_dropout(functional):
-            for images, labels, learning_rate in steps:  # Eq. (9)
-                for j, optimizer_j in enumerate(optimizers):
-                    with torch.enable_grad():
-                        loss = F.cross_entropy(functional(images, params=thetas[j]), labels)
-                        thetas[j] = list(optimizer_j.step(loss, params=thetas[j], override={"lr": [learning_rate]}))
-                yield stack([dict(zip(names, theta, strict=True)) for theta in thetas])
+        optimizer = higher.get_diff_optim(
+            self.optimizer.torch_optimizer(network.parameters()),  # the rate is given at every step
+            network.parameters(),
+            functional,
+            track_higher_grads=differentiable,
+        )
+        theta = [theta_0[name].detach().requires_grad_() for name in names]
+        for images, labels, learning_rate in steps:  # Eq. (9)
+            with torch.enable_grad():
+                loss = F.cross_entropy(functional(images, params=theta), labels)
+                theta = list(optimizer.step(loss, params=theta, override={"lr": [learning_rate]}))
+            yield dict(zip(names, theta, strict=True))

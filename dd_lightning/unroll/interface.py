@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dd_lightning.networks import Weights
+from dd_lightning.networks import Weights, stack, training_without_dropout, unstack
 from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer
 
+Single = dict[str, Tensor]  # the weights of one network
 Step = tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"], Float[Tensor, ""]]  # images, labels, η̃
 
 
@@ -50,23 +51,29 @@ class Unroll(ABC):
 
 
 class GraphUnroll(Unroll):
-    """Keeps the graph of every step, and lets autograd walk back through it."""
+    """One network after the other: keeps the graph of every step, and lets autograd walk back through it."""
 
     @abstractmethod
     def unroll(
-        self, network: nn.Module, theta_0: Weights, steps: Iterable[Step], differentiable: bool
-    ) -> Iterator[Weights]:
-        """Yields the weights after every GD step; a graph leads from them to images and rates if `differentiable`."""
+        self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
+    ) -> Iterator[Single]:
+        """Yields one network's weights after every step; a graph leads from them to the data if `differentiable`."""
 
     def __call__(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Weights:
-        theta = theta_0
-        for theta in self.unroll(network, theta_0, steps, differentiable=True):  # noqa: B007 - only the last is needed
-            pass
-        return theta
+        steps, trained = list(steps), []
+        with training_without_dropout(network):
+            for theta in unstack(theta_0):
+                for theta in self.unroll(network, theta, steps, differentiable=True):  # noqa: B007, B020 - the last
+                    pass
+                trained.append(theta)
+        return stack(trained)
 
     def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
-        for theta in self.unroll(network, theta_0, steps, differentiable=False):
-            yield {name: value.detach() for name, value in theta.items()}
+        steps = list(steps)
+        with training_without_dropout(network):
+            each = [self.unroll(network, single, steps, differentiable=False) for single in unstack(theta_0)]
+            for thetas in zip(*each, strict=True):
+                yield {name: value.detach() for name, value in stack(list(thetas)).items()}
 
 
 def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
