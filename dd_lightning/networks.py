@@ -197,6 +197,12 @@ def memory_format(network: nn.Module, images: Float[Tensor, "batch c h w"]) -> t
     return _FORMATS[network]
 
 
+def channels_last(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A convolution's weight [..., in, h, w] in the format that CPUs compute in; others as they are."""
+    on_cpu = weight.device.type == "cpu" and weight.ndim >= 4
+    return weight.movedim(-3, -1).contiguous().movedim(-1, -3) if on_cpu else weight
+
+
 def check_network(network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
     """Refuses, before any work is done, a network that cannot be distilled for.
 

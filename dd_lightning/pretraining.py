@@ -13,7 +13,7 @@ from dd_lightning.checks import check_count, check_positive
 from dd_lightning.data import OwnMinibatches, RealData
 from dd_lightning.heldout import confusion
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import Weights, stack, training_without_dropout
+from dd_lightning.networks import Weights, channels_last, memory_format, stack, training_without_dropout
 from dd_lightning.objectives import Classification
 from dd_lightning.seeding import Stream, derive_seed
 
@@ -63,7 +63,7 @@ def train(
         The trained weights.
     """
     minibatch, per_epoch = OwnMinibatches(streams), streams[0].batches_per_epoch
-    theta = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    theta = {name: channels_last(value.clone()).requires_grad_() for name, value in weights.items()}
     # Elementwise, so that one Adam on the stacked weights is J Adams.
     betas = (recipe.betas[0], recipe.betas[1])
     optimizer = torch.optim.Adam(list(theta.values()), lr=recipe.lr, betas=betas, fused=True)
@@ -88,7 +88,8 @@ def forward_own(
     """Logits of the J networks, each on its own images, in the mode the template is in."""
     if len(images) == 1:
         single = {name: value[0] for name, value in weights.items()}
-        return functional_call(network, single, (images[0],))[None]
+        own = images[0].to(memory_format=memory_format(network, images[0]))
+        return functional_call(network, single, (own,))[None]
     return vmap(lambda single, own: functional_call(network, single, (own,)))(weights, images)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
-from dd_lightning.networks import memory_format
+from dd_lightning.networks import channels_last, memory_format
 from dd_lightning.unroll.interface import GraphUnroll, Single, Step
 
 
@@ -20,7 +20,7 @@ class FunctionalUnroll(GraphUnroll):
     def unroll(
         self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
     ) -> Iterator[Single]:
-        theta = _leaves({name: _channels_last(weight) for name, weight in theta_0.items()})
+        theta = _leaves({name: channels_last(weight) for name, weight in theta_0.items()})
         state = self.optimizer.init(theta)
         for images, labels, rate in steps:
             with torch.enable_grad():
@@ -36,8 +36,3 @@ class FunctionalUnroll(GraphUnroll):
 
 def _leaves(theta: Single) -> Single:
     return {name: weight.detach().requires_grad_() for name, weight in theta.items()}
-
-
-def _channels_last(weight: Tensor) -> Tensor:
-    on_cpu = weight.device.type == "cpu" and weight.ndim == 4
-    return weight.contiguous(memory_format=torch.channels_last) if on_cpu else weight
