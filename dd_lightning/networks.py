@@ -136,7 +136,9 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def stack(many: list[dict[str, Tensor]]) -> Weights:
-    """One `Weights` of the weights of J single networks."""
+    """One `Weights` of the weights of J single networks; of a single one a view."""
+    if len(many) == 1:
+        return {name: value[None] for name, value in many[0].items()}
     return {name: torch.stack([one[name] for one in many]) for name in many[0]}
 
 

@@ -20,7 +20,8 @@ def test_bench_times_every_engine(run):
     content = json.loads((folder / "bench.json").read_text())
     rows, lightning = content["rows"], content["framework"]
     assert all(lightning[part] > 0 for part in ("step", "data", "rest"))
-    engines = {"higher", "functional", "functional_bfloat16", "batched", "batched_bfloat16", "recompute"}
+    engines = {"higher", "functional", "functional_bfloat16", "adjoint", "adjoint_bfloat16"}
+    engines |= {"batched", "batched_bfloat16", "recompute"}
     assert {(row["engine"], row["steps"]) for row in rows} == {(e, t) for e in engines for t in (2, 3)}
     for row in rows:
         parts = sum(row[f"seconds_{part}"] for part in ("init", "inner", "outer", "backward", "update"))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dd_lightning.networks import Weights
-from dd_lightning.unroll.gradients import AutogradGradient, Images, StepGradient, step_gradient
-from dd_lightning.unroll.interface import Step, Unroll, leaves
+from dd_lightning.unroll.gradients import Images, StepGradient, batched_gradient, single_gradient
+from dd_lightning.unroll.interface import Step, Unroll
 from dd_lightning.unroll.optimizers import InnerOptimizer, State
 
 
@@ -51,11 +51,11 @@ class AdjointUnroll(Unroll):
     def _choose(self, network: nn.Module, theta: Weights, images: Images) -> StepGradient:
         if self.batched is not False:
             try:
-                return step_gradient(network, theta, images)
+                return batched_gradient(network, theta, images)
             except ValueError:
                 if self.batched:
                     raise
-        return AutogradGradient(network, batched=False)
+        return single_gradient(network, theta, images)
 
     def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
         theta, state = theta_0, self.optimizer.init(theta_0)
@@ -96,21 +96,10 @@ class _Loop:
     ) -> tuple[Weights, State, Tensor, Tensor]:
         """Adjoints before step i from those after it; the gradients of its images and its rate."""
         theta, state, gradient, tape = taped
-        # Autograd goes through the optimizer's update, which is elementwise and cheap.
-        theta, gradient, state = leaves(theta), leaves(gradient), leaves(state)
-        rate = self.rates[i].detach().requires_grad_()
-        moving = [name for name, value in state.items() if value.requires_grad]
-        with torch.enable_grad():
-            after, state_after = self.optimizer.update(theta, gradient, state, rate)
-        outputs = [*after.values(), *(state_after[name] for name in moving)]
-        adjoints = [*adjoint.values(), *(state_adjoint.get(n, torch.zeros_like(state[n])) for n in moving)]
-        inputs = [*theta.values(), *gradient.values(), *(state[name] for name in moving), rate]
-        *found, grad_rate = torch.autograd.grad(outputs, inputs, adjoints, materialize_grads=True)
-        count = len(theta)
-        direct, direction, rest = found[:count], found[count : 2 * count], found[2 * count :]
-        product, grad_images = self.gradient.derivative(tape, dict(zip(theta, direction, strict=True)))
-        adjoint = {name: value + product[name] for name, value in zip(theta, direct, strict=True)}
-        return adjoint, dict(zip(moving, rest, strict=True)), grad_images, grad_rate
+        found = self.optimizer.reverse((theta, gradient, state), self.rates[i].detach(), adjoint, state_adjoint)
+        product, grad_images = self.gradient.derivative(tape, found.gradient)
+        adjoint = {name: torch.addcmul(value, product[name], found.scale) for name, value in found.theta.items()}
+        return adjoint, found.state, found.scale * grad_images, found.learning_rate
 
 
 class _Unrolled(torch.autograd.Function):
@@ -123,7 +112,7 @@ class _Unrolled(torch.autograd.Function):
         count = len(labels)
         images, rates = tensors[len(names) : len(names) + count], tensors[len(names) + count :]
         loop = _Loop(engine.optimizer, gradient, images, labels, rates)
-        theta: Weights = dict(zip(names, tensors, strict=False))
+        theta: Weights = gradient.prepared(dict(zip(names, tensors, strict=False)))
         state = engine.optimizer.init(theta)
         stored: dict[int, Any] = {}
         segment = math.isqrt(count)

@@ -4,6 +4,7 @@ import logging
 import operator
 from abc import ABC, abstractmethod
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
-from dd_lightning.networks import Weights, forward_each, training_without_dropout
+from dd_lightning.networks import Weights, channels_last, forward_each, stack, training_without_dropout, unstack
 from dd_lightning.stem import Tracer
-from dd_lightning.unroll import layers
-from dd_lightning.unroll.layers import Layer, UnsupportedLayerError, pair
+from dd_lightning.unroll import layers, plain, stacked
+from dd_lightning.unroll.layers import Layer, UnsupportedLayerError
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ Labels = Int[Tensor, " batch"]
 
 class StepGradient(ABC):
     """∇ℓ(x̃, θ) of J networks, ℓ each network's mean cross entropy, and its derivative."""
+
+    def prepared(self, theta: Weights) -> Weights:
+        """The weights in the memory format that is fastest here."""
+        return theta
 
     @abstractmethod
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
@@ -72,13 +77,13 @@ class AutogradGradient(StepGradient):
 
 
 class LayeredGradient(StepGradient):
-    """By the rules of `dd_lightning.unroll.layers`, for networks made of layers that have one.
+    """By the rules of one module for its layers: `stacked`, for J networks at once, or `plain`, for one at a time.
 
     Raises:
         UnsupportedLayerError: the network cannot be traced, or has a layer without a rule.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, rules: ModuleType) -> None:
         try:
             graph = Tracer().trace(network)
         except Exception as error:
@@ -96,38 +101,25 @@ class LayeredGradient(StepGradient):
                     raise UnsupportedLayerError("a forward with more than one output")
                 self._output = activation[node.args[0]]
             else:
-                layer = _rule(node, modules)
+                layer = _rule(node, modules, rules)
                 if layer is None:
                     activation[node] = activation[node.all_input_nodes[0]]
                     continue
                 self._layers.append((layer, [activation[n] for n in node.all_input_nodes]))
                 activation[node] = len(self._layers)
-        self._lay_out_windows()
 
-    def _lay_out_windows(self) -> None:
-        """Where pooling alone reads a convolution of the images, the convolution lays out its windows as phases."""
-        # Of the images alone, because the patches of later layers are not shared, and slow in this order.
-        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
-        for layer, (index, *_) in self._layers:
-            before, inputs = self._layers[index - 1] if index else (None, [])
-            if not isinstance(layer, layers.MaxPool2d) or not isinstance(before, layers.Conv2d):
-                continue
-            if inputs == [0] and layer.tiles and readers.count(index) == 1:
-                before.pooling, layer.phased = layer.kernel, True
-
-    @torch.no_grad()
-    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
-        activations = [images.permute(1, 2, 3, 0).contiguous()[None, :, None]]
-        saved = []
+    def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:
+        """∇ℓ for x as the first layer takes it; labels broadcast against logits, whose axis 1 is the classes."""
+        activations, saved = [x], []
         for layer, inputs in self._layers:
             y, kept = layer.forward([theta[n] for n in layer.names], [activations[i] for i in inputs])
             activations.append(y)
             saved.append(kept)
-        logits = activations[self._output]  # [init, classes, batch]
-        probabilities = torch.softmax(logits, 1)
-        truth = labels == torch.arange(logits.shape[1], device=labels.device)[:, None]
+        probabilities = torch.softmax(activations[self._output], 1)
+        classes = torch.arange(probabilities.shape[1], device=labels.device)
+        truth = labels == classes.view(-1, *(1,) * (probabilities.ndim - 2))
         adjoints: list[Tensor | None] = [None] * len(activations)
-        adjoints[self._output] = (probabilities - truth.to(logits.dtype)) / len(labels)
+        adjoints[self._output] = (probabilities - truth.to(probabilities.dtype)) / labels.numel()
         gradient: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
@@ -136,12 +128,12 @@ class LayeredGradient(StepGradient):
             found, w_adjoints = layer.backward([theta[n] for n in layer.names], saved[index], dy, inputs != [0])
             _accumulate(adjoints, inputs, found)
             _collect(gradient, layer.names, w_adjoints)
-        tape = (theta, saved, adjoints, probabilities) if again else None
+        tape = (theta, saved, adjoints, probabilities, labels) if again else None
         return {name: gradient[name] for name in theta}, tape
 
-    @torch.no_grad()
-    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
-        theta, saved, adjoints, probabilities = tape
+    def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor]:
+        """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x."""
+        theta, saved, adjoints, probabilities, labels = tape
         tangents: list[Tensor | None] = [None] * len(adjoints)
         tsaved = []
         for index, (layer, inputs) in enumerate(self._layers):
@@ -149,8 +141,9 @@ class LayeredGradient(StepGradient):
             tangents[index + 1], kept = layer.tangent(w, saved[index], v, [tangents[i] for i in inputs])
             tsaved.append(kept)
         moved = probabilities * tangents[self._output]
+        moved = moved - probabilities * moved.sum(1, keepdim=True)
         eadjoints: list[Tensor | None] = [None] * len(adjoints)
-        eadjoints[self._output] = (moved - probabilities * moved.sum(1, keepdim=True)) / probabilities.shape[2]
+        eadjoints[self._output] = moved / labels.numel()
         hessian: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
@@ -160,9 +153,58 @@ class LayeredGradient(StepGradient):
             )
             _accumulate(eadjoints, inputs, found)
             _collect(hessian, layer.names, w_adjoints)
-        grad_images = eadjoints[0]
-        assert grad_images is not None
-        return {name: hessian[name] for name in theta}, grad_images[0, :, 0].permute(3, 0, 1, 2)
+        grad_x = eadjoints[0]
+        assert grad_x is not None
+        return {name: hessian[name] for name in theta}, grad_x
+
+
+class StackedGradient(LayeredGradient):
+    """All J networks at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, stacked)
+        # Where pooling alone reads a convolution of the images, the convolution lays out its windows as phases. Of the
+        # images alone, because the patches of later layers are not shared, and slow in this order.
+        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
+        for layer, (index, *_) in self._layers:
+            before, inputs = self._layers[index - 1] if index else (None, [])
+            if not isinstance(layer, stacked.MaxPool2d) or not isinstance(before, stacked.Conv2d):
+                continue
+            if inputs == [0] and layer.tiles and readers.count(index) == 1:
+                before.pooling, layer.phased = layer.kernel, True
+
+    @torch.no_grad()
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        x = images.permute(1, 2, 3, 0).contiguous()[None, :, None]
+        return self._gradient(theta, x, labels, again)
+
+    @torch.no_grad()
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        hessian, grad_x = self._derivative(tape, direction)
+        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2)
+
+
+class PlainGradient(LayeredGradient):
+    """One network after the other, by torch's own kernels; on a CPU in channels last."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, plain)
+
+    def prepared(self, theta: Weights) -> Weights:
+        return {name: channels_last(weight) for name, weight in theta.items()}
+
+    @torch.no_grad()
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        x = channels_last(images)
+        found = [self._gradient(single, x, labels[:, None], again) for single in unstack(theta)]
+        gradients, tapes = zip(*found, strict=True)
+        return stack(list(gradients)), tapes
+
+    @torch.no_grad()
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        found = [self._derivative(one, v) for one, v in zip(tape, unstack(direction), strict=True)]
+        hessians, grads_x = zip(*found, strict=True)
+        return stack(list(hessians)), torch.stack(grads_x).sum(0)
 
 
 def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Tensor | None]) -> None:
@@ -176,10 +218,10 @@ def _collect(gradient: Weights, names: tuple[str, ...], found: list[Tensor]) -> 
         gradient[name] = gradient[name] + value if name in gradient else value
 
 
-def _rule(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | None:
+def _rule(node: fx.Node, modules: dict[str, nn.Module], rules: ModuleType) -> Layer | None:
     """The layer of a node of the traced forward; None for one that changes nothing."""
     if node.op == "call_module":
-        return _module_rule(str(node.target), modules[str(node.target)])
+        return _module_rule(str(node.target), modules[str(node.target)], rules)
     if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         raise UnsupportedLayerError(f"{node.target} with an activation given by name")
     options = [a for a in node.args if not isinstance(a, fx.Node)]
@@ -192,16 +234,16 @@ def _rule(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | None:
             function = layers.ELEMENTWISE[node.target]
             return layers.Differentiated(partial(function, **node.kwargs) if node.kwargs else function)
         if node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, torch.flatten):
-            return _function_rule(node.target, options, node.kwargs)
+            return _function_rule(node.target, options, node.kwargs, rules)
         raise UnsupportedLayerError(getattr(node.target, "__name__", str(node.target)))
     if node.op == "call_method" and node.target == "flatten":
-        return _function_rule(torch.flatten, options, node.kwargs)
+        return _function_rule(torch.flatten, options, node.kwargs, rules)
     if node.op == "call_method" and node.target == "relu":
         return layers.ReLU()
     raise UnsupportedLayerError(str(node.target))
 
 
-def _function_rule(function: Any, options: list[Any], kwargs: dict[str, Any]) -> Layer:
+def _function_rule(function: Any, options: list[Any], kwargs: dict[str, Any], rules: ModuleType) -> Layer:
     def module(kernel_size: Any, stride: Any = None, padding: Any = 0, *a: Any, **k: Any) -> nn.Module:
         kind = nn.AvgPool2d if function is F.avg_pool2d else nn.MaxPool2d
         order = ("ceil_mode", "count_include_pad", "divisor_override")
@@ -209,33 +251,29 @@ def _function_rule(function: Any, options: list[Any], kwargs: dict[str, Any]) ->
         return kind(kernel_size, stride, padding, **dict(zip(order, a, strict=False)), **k)
 
     if function is torch.flatten:
-        return _module_rule("flatten", nn.Flatten(*(options or [0]), **kwargs))  # type: ignore[return-value]
-    return _module_rule(function.__name__, module(*options, **kwargs))  # type: ignore[return-value]
+        return _module_rule("flatten", nn.Flatten(*(options or [0]), **kwargs), rules)  # type: ignore[return-value]
+    return _module_rule(function.__name__, module(*options, **kwargs), rules)  # type: ignore[return-value]
 
 
-def _module_rule(name: str, module: nn.Module) -> Layer | None:
-    affine = (f"{name}.weight", f"{name}.bias")
+def _module_rule(name: str, module: nn.Module, rules: ModuleType) -> Layer | None:
     match module:
         case nn.Conv2d():
-            return layers.Conv2d(name, module)
+            return rules.Conv2d(name, module)
         case nn.Linear():
-            return layers.Linear(name, module.bias is not None)
+            return rules.Linear(name, module.bias is not None)
         case nn.ReLU():
             return layers.ReLU()
         case nn.MaxPool2d():
             options = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
-            return layers.MaxPool2d(*options, module.return_indices)
-        case nn.AvgPool2d() if pair(module.padding) == (0, 0) and not module.ceil_mode and not module.divisor_override:
-            size = {"kernel": pair(module.kernel_size), "stride": pair(module.stride)}
-            return layers.Differentiated(partial(layers.avg_pool2d, **size))
+            return rules.MaxPool2d(*options, module.return_indices)
+        case nn.AvgPool2d():
+            return rules.avg_pool2d(module)
         case nn.LocalResponseNorm():
-            norm = {"size": module.size, "alpha": module.alpha, "beta": module.beta, "k": module.k}
-            return layers.Differentiated(partial(layers.local_response_norm, **norm))
+            return rules.local_response_norm(module)
         case nn.GroupNorm():
-            function = partial(layers.group_norm, groups=module.num_groups, eps=module.eps)
-            return layers.Differentiated(function, affine if module.affine else ())
+            return rules.group_norm(module, (f"{name}.weight", f"{name}.bias") if module.affine else ())
         case nn.Flatten() if (module.start_dim, module.end_dim) == (1, -1):
-            return layers.Reshaped(lambda x: x.flatten(1, -2))
+            return rules.flatten()
         case nn.modules.dropout._DropoutNd() | nn.Identity():
             return None  # dropout is off everywhere (Section S-1)
         case _ if type(module) in layers.ELEMENTWISE_MODULES:
@@ -243,7 +281,7 @@ def _module_rule(name: str, module: nn.Module) -> Layer | None:
     raise UnsupportedLayerError(f"{name} ({type(module).__name__})")
 
 
-def step_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
+def batched_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
     """The fastest for J networks at once: by layers, where the network has rules for them, else with `vmap`.
 
     Raises:
@@ -251,9 +289,7 @@ def step_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGra
     """
     name = type(network).__name__
     try:
-        gradient = LayeredGradient(network)
-        gradient(theta, images, torch.zeros(len(images), dtype=torch.long, device=images.device), again=False)
-        return gradient
+        return _tried(StackedGradient(network), theta, images)
     except UnsupportedLayerError as reason:
         log.info(f"{name} is batched with vmap, as there is no faster rule for {reason}")
     batched = AutogradGradient(network, batched=True)
@@ -264,6 +300,20 @@ def step_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGra
         message = " ".join(str(error).split())[:200]
         raise ValueError(
             f"network {name} cannot be batched over initial weights ({message}); "
-            "use unroll=functional, or unroll=recompute unroll.batched=false"
+            "use unroll=functional, unroll=adjoint, or unroll=recompute unroll.batched=false"
         ) from error
     return batched
+
+
+def single_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
+    """The fastest for one network after the other: by layers, where there are rules for them, else by autograd."""
+    try:
+        return _tried(PlainGradient(network), theta, images)
+    except UnsupportedLayerError as reason:
+        log.info(f"{type(network).__name__} is differentiated by autograd, as there is no faster rule for {reason}")
+        return AutogradGradient(network, batched=False)
+
+
+def _tried(gradient: LayeredGradient, theta: Weights, images: Images) -> StepGradient:
+    gradient(theta, images, torch.zeros(len(images), dtype=torch.long, device=images.device), again=False)
+    return gradient

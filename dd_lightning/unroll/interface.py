@@ -74,8 +74,3 @@ class GraphUnroll(Unroll):
             each = [self.unroll(network, single, steps, differentiable=False) for single in unstack(theta_0)]
             for thetas in zip(*each, strict=True):
                 yield {name: value.detach() for name, value in stack(list(thetas)).items()}
-
-
-def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, cut from their history, for gradients to be taken with respect to them (but to counters)."""
-    return {name: value.detach().requires_grad_(value.ndim > 0) for name, value in tensors.items()}

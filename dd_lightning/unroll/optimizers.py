@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,25 @@ from dd_lightning.checks import check_positive
 from dd_lightning.networks import Weights
 
 State = dict[str, Tensor]  # tensors of the optimizer, beside the weights
+
+
+Before = tuple[Weights, Weights, State]  # θ, ∇ℓ and the optimizer's state before a step
+
+
+class Reversed(NamedTuple):
+    """Adjoints before a step, from those after it.
+
+    Attributes:
+        theta: of the weights, by the update alone.
+        gradient: of ∇ℓ, divided by `scale`.
+        scale: of `gradient`, for an optimizer in which it is the adjoint of the weights but for a factor.
+    """
+
+    theta: Weights
+    gradient: Weights
+    scale: Tensor
+    state: State
+    learning_rate: Tensor
 
 
 class InnerOptimizer(ABC):
@@ -24,6 +43,26 @@ class InnerOptimizer(ABC):
     def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
         """One step; differentiable in all of its arguments."""
 
+    def reverse(self, before: Before, learning_rate: Tensor, adjoint: Weights, state_adjoint: State) -> Reversed:
+        """The reverse of `update`; by autograd, which is cheap for what is elementwise."""
+        theta, gradient, state = map(leaves, before)
+        rate = learning_rate.detach().requires_grad_()
+        moving = [name for name, value in state.items() if value.requires_grad]
+        with torch.enable_grad():
+            after, state_after = self.update(theta, gradient, state, rate)
+        outputs = [*after.values(), *(state_after[name] for name in moving)]
+        adjoints = [*adjoint.values(), *(state_adjoint.get(n, torch.zeros_like(state[n])) for n in moving)]
+        inputs = [*theta.values(), *gradient.values(), *(state[name] for name in moving), rate]
+        *found, of_rate = torch.autograd.grad(outputs, inputs, adjoints, materialize_grads=True)
+        of_theta, of_gradient = found[: len(theta)], found[len(theta) : 2 * len(theta)]
+        return Reversed(
+            dict(zip(theta, of_theta, strict=True)),
+            dict(zip(theta, of_gradient, strict=True)),
+            torch.ones_like(rate),
+            dict(zip(moving, found[2 * len(theta) :], strict=True)),
+            of_rate,
+        )
+
     @abstractmethod
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The same optimizer of `torch.optim`, with a learning rate of 1."""
@@ -34,6 +73,12 @@ class GradientDescent(InnerOptimizer):
 
     def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
         return {name: torch.addcmul(w, gradient[name], -learning_rate) for name, w in theta.items()}, state
+
+    def reverse(self, before: Before, learning_rate: Tensor, adjoint: Weights, state_adjoint: State) -> Reversed:
+        # In closed form, because large weights are bound by memory: nothing is written here.
+        _, gradient, _ = before
+        products = [torch.dot(gradient[name].flatten(), value.flatten()) for name, value in adjoint.items()]
+        return Reversed(adjoint, adjoint, -learning_rate, {}, -torch.stack(products).sum())
 
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=1.0)
@@ -109,3 +154,8 @@ def inner_optimizer(card: dict[str, Any]) -> InnerOptimizer:
     if not isinstance(inner, dict) or inner.get("choice") not in known:
         raise ValueError(f"the card names an unknown inner optimizer: {inner}")
     return known[inner["choice"]](**{key: value for key, value in inner.items() if key not in ("choice", "target")})
+
+
+def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, cut from their history, for gradients to be taken with respect to them (but to counters)."""
+    return {name: value.detach().requires_grad_(value.ndim > 0) for name, value in tensors.items()}
