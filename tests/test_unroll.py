@@ -142,6 +142,37 @@ def test_every_engine_and_inner_optimizer_equals_higher(engine, optimizer, netwo
         assert (one - other).norm() <= 1e-8 * other.norm()
 
 
+class UnusualNet(nn.Module):
+    """Has layers with rules only, but uses one in another way, or a weight by itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.conv, self.fc = kind, nn.Conv2d(1, 3, 3, padding=1), nn.Linear(6, 6, bias=False)
+        self.last = nn.Linear(108, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.kind == "linear of pictures":
+            x = self.fc(x)
+        if self.kind == "flat part":
+            x = x.flatten(2).relu()
+        if self.kind == "weight":
+            x = x * self.fc.weight
+        return self.last(x.flatten(1))
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("kind", ["linear of pictures", "flat part", "weight"])
+def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
+    network, theta_0, data, real = problem(UnusualNet(kind), (1, 6, 6), 4)
+    if kind == "flat part":
+        del network.fc
+        theta_0 = {name: value for name, value in theta_0.items() if not name.startswith("fc")}
+    expected = gradients(FunctionalUnroll(), network, theta_0, data, real)
+    for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+
+
 @pytest.mark.parametrize("optimizer", [Momentum(0.8), Adam((0.8, 0.9), eps=1e-12)])
 def test_inner_optimizers_are_those_of_torch(optimizer):
     network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3, per_step=1, learning_rate=0.05)

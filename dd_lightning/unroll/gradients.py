@@ -84,6 +84,7 @@ class LayeredGradient(StepGradient):
     """
 
     def __init__(self, network: nn.Module, rules: ModuleType) -> None:
+        self.network = network
         try:
             graph = Tracer().trace(network)
         except Exception as error:
@@ -315,5 +316,21 @@ def single_gradient(network: nn.Module, theta: Weights, images: Images) -> StepG
 
 
 def _tried(gradient: LayeredGradient, theta: Weights, images: Images) -> StepGradient:
-    gradient(theta, images, torch.zeros(len(images), dtype=torch.long, device=images.device), again=False)
+    """The same, if one network's gradient is that of autograd: a forward may do what its layers do not show.
+
+    Raises:
+        UnsupportedLayerError: it is not.
+    """
+    single = {name: weight[:1] for name, weight in theta.items()}
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    expected, _ = AutogradGradient(gradient.network, batched=False)(single, images, labels, again=False)
+    try:
+        found, _ = gradient(single, images, labels, again=False)
+        error = sum((found[name] - value).square().sum() for name, value in expected.items())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError) as reason:
+        raise UnsupportedLayerError(f"layers that are put together unusually ({type(reason).__name__})") from reason
+    if not error <= 1e-6 * sum(value.square().sum() for value in expected.values()):
+        raise UnsupportedLayerError("a forward that does more than its layers")
     return gradient
