@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd_lightning.networks import Weights
+from dd_lightning.networks import Weights, count, split
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class OuterStep:
         theta_0, images, _ = inputs
         if not self.capture or images.device.type != "cuda":
             return self.gradients(inputs, parameters)
-        key = (_count(theta_0), images.shape)  # the last minibatch of an epoch is smaller
+        key = (count(theta_0), images.shape)  # the last minibatch of an epoch is smaller
         if key not in self._graphs:
             try:
                 self._graphs[key] = _Graph(lambda fixed: self.gradients(fixed, parameters), inputs)
@@ -58,25 +58,19 @@ class OuterStep:
     def gradients(self, inputs: Inputs, parameters: Sequence[Tensor]) -> Outputs:
         """The same, chunk by chunk and kernel by kernel."""
         theta_0, images, labels = inputs
-        count = _count(theta_0)
         # Metal has no double precision.
         wide = torch.float32 if images.device.type == "mps" else torch.float64
         total = images.new_zeros((), dtype=wide)
         sums = [torch.zeros_like(parameter, dtype=wide) for parameter in parameters]
-        for start in range(0, count, self.chunk or count):
-            part = {name: value[start : start + (self.chunk or count)] for name, value in theta_0.items()}
+        for part in split(theta_0, self.chunk or count(theta_0)):
             with torch.enable_grad():
                 loss = self.loss(part, images, labels)
             # Of the leaves only the parameters: the gradient of θ₀ would cost one more Hessian-vector product.
             found = torch.autograd.grad(loss, list(parameters))
-            networks = _count(part)
+            networks = count(part)
             total = total + networks * loss.detach().to(wide)
             sums = [one + networks * other.to(wide) for one, other in zip(sums, found, strict=True)]
         return total, sums
-
-
-def _count(theta: Weights) -> int:
-    return len(next(iter(theta.values())))
 
 
 class _Graph:

@@ -150,10 +150,14 @@ def unstack(weights: Weights) -> list[dict[str, Tensor]]:
     ]
 
 
+def count(weights: Weights) -> int:
+    """J, the number of networks."""
+    return len(next(iter(weights.values())))
+
+
 def split(weights: Weights, size: int) -> list[Weights]:
     """The networks in parts of about the same number, of at most `size`."""
-    count = len(next(iter(weights.values())))
-    parts = zip(*(value.tensor_split(-(-count // size)) for value in weights.values()), strict=True)
+    parts = zip(*(value.tensor_split(-(-count(weights) // size)) for value in weights.values()), strict=True)
     return [dict(zip(weights, part, strict=True)) for part in parts]
 
 

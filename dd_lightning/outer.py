@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dd_lightning.checks import check_choice
-from dd_lightning.networks import Weights, evaluating, memory_format, split, stack, unstack
+from dd_lightning.networks import Weights, count, evaluating, memory_format, split, stack, unstack
 from dd_lightning.stem import Stem, stem_of
 
 LossesAndGradient = tuple[list[Tensor], Weights]
@@ -40,7 +40,7 @@ class OuterLoss:
         images = images.to(memory_format=format)
         with evaluating(network):
             stem = stem_of(network, images, format)
-            if stem is None or len(next(iter(theta.values()))) == 1:
+            if stem is None or count(theta) == 1:
                 gradients = partial(self._gradients, network, images, labels)
             else:
                 gradients = partial(self._stemmed_gradients, stem, images, labels)

@@ -11,8 +11,6 @@ from dd_lightning.checks import check_positive
 from dd_lightning.networks import Weights
 
 State = dict[str, Tensor]  # tensors of the optimizer, beside the weights
-
-
 Before = tuple[Weights, Weights, State]  # θ, ∇ℓ and the optimizer's state before a step
 
 
