@@ -28,12 +28,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def release_freed_memory() -> None:
-    """Gives what is free back to the system."""
-    if libc := _glibc():
-        libc.malloc_trim(0)
-
-
 def use_onednn_for_matmul() -> None:
     """Multiplies float32 matrices with oneDNN, unless it would lose precision.
 
@@ -63,4 +57,4 @@ def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    return libc if hasattr(libc, "mallopt") else None

@@ -1,10 +1,14 @@
 """dd-bench: every engine in every setting, and what it writes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import torch
+
+from dd_lightning.commands.bench import Engine, OuterStep, peak_memory
+from dd_lightning.objectives import Classification
+from dd_lightning.outer import OuterLoss
+from dd_lightning.unroll import AdjointUnroll
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +49,21 @@ def test_running_out_of_memory_is_a_row(run, monkeypatch):
 
 
 def test_peak_memory_sees_what_is_freed_again():
-    """In a process of its own: memory that other tests freed would be used again."""
-    code = """
-import torch
-from dd_lightning.commands.bench import peak_memory
-print(peak_memory(torch.device("cpu"), lambda: torch.ones(2**24).sum()))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 60 * 2**20 < int(done.stdout) < 100 * 2**20
+    held = torch.ones(2**20)
+    peak = peak_memory(torch.device("cpu"), lambda: torch.ones(2**24).sum() + held.sum())
+    assert 2**26 <= peak < 2**26 + 2**10
+
+
+def test_memory_of_recompute_hardly_grows_with_the_steps():
+    def peak(steps, **options):
+        step = OuterStep("lenet", 1, steps, 64, torch.device("cpu"))
+        engine = Engine(AdjointUnroll(**options), OuterLoss(Classification()))
+        step.run(engine)
+        return peak_memory(step.device, lambda: step.run(engine))
+
+    assert peak(100) > 5 * peak(10)
+    stored, images = 4 * 61706 * 16, 4 * 784 * 900  # weights of the steps, and the gradients of the images
+    assert peak(100, recompute=True) < peak(10, recompute=True) + stored + 2 * images
 
 
 def test_an_unknown_network_is_refused(run):

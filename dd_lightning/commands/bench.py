@@ -1,12 +1,14 @@
 """dd-bench: what an outer step costs, engine by engine."""
 
 import gc
+import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +23,13 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+from torch.autograd.profiler import profile
 
 from dd_lightning.atomic import write_json
 from dd_lightning.callbacks import LastGood, ProgressBar, is_out_of_memory
 from dd_lightning.checks import check_choice, check_count
 from dd_lightning.commands.build import hardware, versions
 from dd_lightning.commands.launch import command
-from dd_lightning.cpu import release_freed_memory
 from dd_lightning.data import Digits, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
@@ -46,7 +48,7 @@ PARTS = ("init", "inner", "outer", "backward", "update")
 
 @dataclass
 class Measured:
-    """Seconds of each part of each timed step, and the peak of memory above what was held before, in bytes."""
+    """Seconds of each part of each timed step, and the peak of tensors above what was held before, in bytes."""
 
     seconds: list[dict[str, float]] = field(default_factory=list)
     peak: int = 0
@@ -131,26 +133,18 @@ class Clock:
 
 
 def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
-    """Bytes that `work` holds at its peak above what was held before (on the CPU: of this process, under Linux)."""
+    """Bytes of tensors that `work` holds at its peak above what was held before."""
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells when it starts and stops
+    with profile(profile_memory=True, acc_events=False) as profiler:
         work()
-        return 0
-    release_freed_memory()
-    reset.write_text("5")  # the peak of resident memory starts anew
-
-    def kilobytes(key: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
-
-    before = kilobytes("VmRSS")
-    work()
-    return 1024 * (kilobytes("VmHWM") - before)
+    events: list[Any] = profiler.kineto_results.events()  # type: ignore[union-attr]
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"), default=0)
 
 
 def bench(cfg: DictConfig) -> None:
