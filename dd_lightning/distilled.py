@@ -115,7 +115,8 @@ class DistilledData:
         with training_without_dropout(network):
             for images, labels, learning_rate in self.detach().to(like.device, like.dtype).steps():
                 loss = F.cross_entropy(network(images), labels)
-                gradients = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
+                found = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
+                gradients = dict(zip(theta, found, strict=True))
                 with torch.no_grad():
                     updated, state = optimizer.update(theta, gradients, state, learning_rate)
                     for name, parameter in theta.items():

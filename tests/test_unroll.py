@@ -173,6 +173,31 @@ def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
         assert (one - other).norm() <= 1e-8 * other.norm()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("traced", [True, False])
+def test_weights_that_the_forward_does_not_use_stay_as_they_are(engine, traced):
+    class Spare(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+            self.spare = nn.Linear(2, 2)
+
+        def forward(self, x):
+            if not traced and x.isnan().all():  # such a branch cannot be traced
+                return x
+            return self[3](self[2](self[1](self[0](x))))
+
+    if not traced and isinstance(engine(), AdjointUnroll) and engine().batched:
+        pytest.skip("vmap takes no branches either")
+    network, theta_0, data, real = problem(Spare(), (1, 2, 2), 3)
+    for name in ("spare.weight", "spare.bias"):
+        theta_0[name] += 1
+    theta_T = engine()(network, theta_0, data.steps())
+    assert all(torch.equal(theta_T[name], theta_0[name]) for name in ("spare.weight", "spare.bias"))
+    expected = gradients(HigherUnroll(), network, theta_0, data, real)
+    for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+
+
 @pytest.mark.parametrize("optimizer", [Momentum(0.8), Adam((0.8, 0.9), eps=1e-12)])
 def test_inner_optimizers_are_those_of_torch(optimizer):
     network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3, per_step=1, learning_rate=0.05)

@@ -26,7 +26,9 @@ class FunctionalUnroll(GraphUnroll):
             with torch.enable_grad():
                 images = images.to(memory_format=memory_format(network, images))
                 loss = F.cross_entropy(functional_call(network, theta, (images,)), labels)
-                gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=differentiable)
+                gradients = torch.autograd.grad(
+                    loss, list(theta.values()), create_graph=differentiable, materialize_grads=True
+                )
                 gradient = dict(zip(theta, gradients, strict=True))
                 theta, state = self.optimizer.update(theta, gradient, state, rate)  # Eq. (9)
             if not differentiable:

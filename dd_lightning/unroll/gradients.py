@@ -63,15 +63,16 @@ class AutogradGradient(StepGradient):
             logits = self.logits(theta, images)
         # The sum over networks of each network's mean: no network sees another's gradient.
         loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))) * len(logits)
-        gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=again)
+        gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=again, materialize_grads=True)
         found = dict(zip(theta, gradient, strict=True))
         return {name: value.detach() for name, value in found.items()}, (found, theta, images) if again else None
 
     def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
         found, theta, images = tape
         inputs = [*theta.values(), images]
+        used = [name for name, value in found.items() if value.requires_grad]  # by the forward
         *hessian, grad_images = torch.autograd.grad(
-            list(found.values()), inputs, list(direction.values()), materialize_grads=True
+            [found[name] for name in used], inputs, [direction[name] for name in used], materialize_grads=True
         )
         return dict(zip(theta, hessian, strict=True)), grad_images
 
@@ -130,7 +131,7 @@ class LayeredGradient(StepGradient):
             _accumulate(adjoints, inputs, found)
             _collect(gradient, layer.names, w_adjoints)
         tape = (theta, saved, adjoints, probabilities, labels) if again else None
-        return {name: gradient[name] for name in theta}, tape
+        return _of_all(theta, gradient), tape
 
     def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor]:
         """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x."""
@@ -156,7 +157,7 @@ class LayeredGradient(StepGradient):
             _collect(hessian, layer.names, w_adjoints)
         grad_x = eadjoints[0]
         assert grad_x is not None
-        return {name: hessian[name] for name in theta}, grad_x
+        return _of_all(theta, hessian), grad_x
 
 
 class StackedGradient(LayeredGradient):
@@ -217,6 +218,11 @@ def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Te
 def _collect(gradient: Weights, names: tuple[str, ...], found: list[Tensor]) -> None:
     for name, value in zip(names, found, strict=True):
         gradient[name] = gradient[name] + value if name in gradient else value
+
+
+def _of_all(theta: Weights, found: Weights) -> Weights:
+    """In the order of the weights, with zeros for those that the forward does not use."""
+    return {name: found[name] if name in found else torch.zeros_like(value) for name, value in theta.items()}
 
 
 def _rule(node: fx.Node, modules: dict[str, nn.Module], rules: ModuleType) -> Layer | None:
