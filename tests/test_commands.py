@@ -304,3 +304,10 @@ def test_out_of_memory_names_what_takes_less_and_keeps_what_was_distilled(run, m
     assert "out of memory at outer step 2" in error
     assert "a chunk of networks, unroll=recompute, a smaller init.per_step" in error
     assert DistilledData.load(folder / "last_good.safetensors").images.isfinite().all()
+
+
+def test_a_setting_that_an_option_does_not_take_names_how_to_leave_it_out(run):
+    code, error, _ = run("distill", "experiment=demo", "distilled=real")
+    assert code == 1
+    assert error.startswith("dd-distill: error: distilled: ")
+    assert "'std'; leave it out with ~distilled.std" in error

@@ -56,6 +56,9 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     lines = [line.strip() for line in text.splitlines()]
     message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
     prefix = f"{error.override}: " if isinstance(error, OverrideParseException) else _key(error) or prefix
+    extra = re.search(r"unexpected keyword argument '(\w+)'", message)
+    if prefix and extra:  # such as what an experiment sets for another option of this group
+        message += f"; leave it out with ~{prefix.removesuffix(': ')}.{extra[1]}"
     if not prefix and not isinstance(error, EXPECTED):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
