@@ -20,10 +20,10 @@ torch.set_num_threads(1)
 def packed(tmp_path):
     """Writes a packed data set of easily told classes; keyword arguments replace its arrays."""
 
-    def write(name="toy", classes=3, size=12, channels=None, **replaced):
+    def write(name="toy", classes=3, size=12, channels=None, train=60, **replaced):
         random = np.random.default_rng(0)
         arrays = {}
-        for part, count in (("train", 60), ("test", 30)):
+        for part, count in (("train", train), ("test", 30)):
             labels = np.arange(count, dtype=np.int64) % classes
             shape = (count, size, size) if channels is None else (count, size, size, channels)
             images = random.integers(0, 80, shape) + (labels * (160 // classes)).reshape(-1, *[1] * (len(shape) - 1))

@@ -127,15 +127,12 @@ def test_pretrain_then_poison_then_evaluate(run, kind, tmp_path):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(run, experiment, packed, tmp_path):
-    import numpy as np
-
     for name, network, shape in POPULATIONS:
         init = RandomInit()
         weights = functools.partial(init.draw, network, Stream.PRETRAINING)
         write_population(tmp_path / "populations" / name, network, shape, 10, weights=weights)
     for name, size, channels in (("mnist", 28, None), ("usps", 16, None), ("cifar10", 32, 3)):
-        labels = {f"{part}_labels": np.arange(count) % 10 for part, count in (("train", 180), ("test", 30))}
-        packed(name, classes=10, size=size, channels=channels, **labels)
+        packed(name, classes=10, size=size, channels=channels, train=180)
     overrides = ["trainer.max_steps=1", "init.per_step=1", "batch_size=8", "callbacks.held_out.test_networks=2"]
     overrides += ["callbacks.held_out.networks=1", "data_dir=.", "dataset.validation=15", "optimizer.lr=0.001"]
     code, error, folder = run("distill", f"experiment={experiment}", *overrides)
