@@ -1,7 +1,6 @@
 """What makes small float32 networks fast on a CPU, for a whole process."""
 
 import ctypes
-import ctypes.util
 import logging
 import sys
 from functools import cache
@@ -23,7 +22,10 @@ def tune_cpu() -> None:
 
 def keep_freed_memory() -> None:
     """Stops glibc from giving large freed buffers back, whose pages every step would have to fault in again."""
-    if libc := _glibc():
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not every C library has it
         libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -51,10 +53,3 @@ def _matmul_error(rows: int, inner: int, columns: int) -> float:
     b = torch.randn(2, inner, columns, generator=generator)
     exact = torch.bmm(a.double(), b.double())
     return ((torch.bmm(a, b) - exact).norm() / exact.norm()).item()
-
-
-def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "mallopt") else None
