@@ -70,6 +70,11 @@ def test_form_is_an_option(packed):
     assert train.images.shape[1:] == (3, 16, 16)
     assert preprocessing == Preprocessing(3, 16, [0.5] * 3, [0.25] * 3)
     assert classes == 3
+    stored = Packed(str(packed()), validation=10).load()[0].images
+    bordered = Packed(str(packed()), border=2, validation=10).load()[0].images
+    assert torch.equal(bordered, torch.nn.functional.pad(stored, (2, 2, 2, 2)))
+    doubled = Packed(str(packed()), border=2, image_size=32, validation=10).load()[0].images  # with its border
+    assert not doubled[:, :, :3].any() and doubled[:, :, 3].any()
     of_three = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     grey, _, preprocessing, _ = Packed(str(packed("color", channels=3)), channels=1, validation=10, **of_three).load()
     assert grey.images.shape[1:] == (1, 12, 12)

@@ -66,6 +66,7 @@ class ImageDataset(ABC):
         num_classes: None is the largest label + 1.
         channels: 1 or 3, into which the pictures are converted; None is as stored.
         image_size: pixels, to which they are scaled; None is as stored.
+        border: black pixels that are put on each side of the stored pictures, before they are scaled.
         mean, std: of each stored channel, of pixels in [0, 1]; None measures the training pictures, as is done where
             colours are turned grey.
         crop_padding: augmentation: reflect-pad by so many pixels, then crop at random; 0 is none.
@@ -82,6 +83,7 @@ class ImageDataset(ABC):
         num_classes: int | None = None,
         channels: int | None = None,
         image_size: int | None = None,
+        border: int = 0,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         crop_padding: int = 0,
@@ -96,10 +98,11 @@ class ImageDataset(ABC):
             check_count(image_size=image_size)
         if num_classes is not None:
             check_count(num_classes=num_classes)
-        check_whole(crop_padding=crop_padding)
+        check_whole(border=border, crop_padding=crop_padding)
         if (mean is None) != (std is None):
             raise ValueError("give both mean and std, or neither")
-        self.name, self.num_classes, self.channels, self.image_size = name, num_classes, channels, image_size
+        self.name, self.num_classes = name, num_classes
+        self.channels, self.image_size, self.border = channels, image_size, border
         self.mean, self.std = (None if v is None else [float(x) for x in v] for v in (mean, std))
         if not all(math.isfinite(x) for x in [*(self.mean or []), *(self.std or [])]):
             raise ValueError(f"mean and std must be finite, not {self.mean} and {self.std}")
@@ -152,6 +155,8 @@ class ImageDataset(ABC):
             pictures = pictures.expand(-1, 3, -1, -1)
         elif self.channels == 1 and pictures.shape[1] == 3:
             pictures = transforms.rgb_to_grayscale(pictures)
+        if self.border:
+            pictures = transforms.pad(pictures, [self.border])
         if self.image_size is not None and pictures.shape[-1] != self.image_size:
             pictures = transforms.resize(pictures, [self.image_size, self.image_size], antialias=True)
         return pictures.contiguous()
