@@ -33,7 +33,7 @@ class DatasetDistiller(pl.LightningModule):
         init: p(θ₀), the distribution of initial weights.
         unroll: the engine of the inner loop.
         objective: the outer loss, of the logits of the trained networks and the real labels.
-        optimizer: makes the outer optimizer from parameter groups.
+        optimizer: makes the outer optimizer from parameter groups; its weight decay is of the images alone.
         schedule: makes the schedule of the outer step size from the optimizer, advanced every outer step.
         rate_scale: outer step size of η̃ as a multiple of that of the images.
         config: settings that a checkpoint must share before a run may go on from it.
@@ -106,7 +106,9 @@ class DatasetDistiller(pl.LightningModule):
             parameter.grad = before + total.to(parameter.dtype)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer([{"params": [self.images]}, {"params": [self.raw_learning_rates]}])
+        # Weight decay would draw raw rates to 0, a rate of 0.69.
+        rates = {"params": [self.raw_learning_rates], "weight_decay": 0.0}
+        optimizer = self._make_optimizer([{"params": [self.images]}, rates])
         images, rates = optimizer.param_groups
         rates["lr"] = images["lr"] * self._rate_scale
         if self._make_schedule is None:

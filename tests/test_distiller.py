@@ -20,7 +20,7 @@ from dd_lightning.sources import noise, real
 from dd_lightning.unroll import FunctionalUnroll, HigherUnroll
 
 
-def build(path, init=None, unroll=None, learning_rate=0.1, rate_scale=1.0, config=None, form=None):
+def build(path, init=None, unroll=None, learning_rate=0.1, rate_scale=1.0, config=None, form=None, weight_decay=0.0):
     torch.manual_seed(0)
     data = RealData(Packed(str(path), validation=10, **(form or {})), batch_size=16)
     data.setup()
@@ -31,7 +31,7 @@ def build(path, init=None, unroll=None, learning_rate=0.1, rate_scale=1.0, confi
         init or RandomInit(per_step=2),
         unroll or FunctionalUnroll(),
         Classification(),
-        lambda groups: torch.optim.Adam(groups, lr=0.05, betas=(0.5, 0.999)),
+        lambda groups: torch.optim.AdamW(groups, lr=0.05, betas=(0.5, 0.999), weight_decay=weight_decay),
         lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5),
         rate_scale,
         config,
@@ -63,7 +63,7 @@ def test_its_parameters_are_the_distilled_data_alone(packed):
 @pytest.mark.parametrize("unroll", [FunctionalUnroll(), HigherUnroll()])
 def test_three_outer_steps_by_hand(packed, tmp_path, unroll):
     """Algorithm 1 written out, with its own Adam, gives the same distilled data."""
-    data, distiller = build(packed(), unroll=unroll, rate_scale=0.5)
+    data, distiller = build(packed(), unroll=unroll, rate_scale=0.5, weight_decay=2.0)
     by_hand = distiller.distilled.detach()
     by_hand.images.requires_grad_()
     by_hand.raw_learning_rates.requires_grad_()
@@ -75,6 +75,8 @@ def test_three_outer_steps_by_hand(packed, tmp_path, unroll):
         losses = [F.cross_entropy(logits, labels) for logits in predict(distiller.network, theta, images)]
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
+        with torch.no_grad():
+            by_hand.images.mul_(1 - 0.05 * 2.0)  # decoupled, and not of the learning rates
         optimizer.step()
     trainer(tmp_path, 3).fit(distiller, datamodule=data)
     torch.testing.assert_close(distiller.images.data, by_hand.images.data, rtol=1e-4, atol=1e-5)
