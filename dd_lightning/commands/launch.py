@@ -141,7 +141,9 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[],
         if not sys.stdout.isatty():
             os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*")
+        warnings.filterwarnings(
+            "ignore", message=".*LeafSpec.*|.*does not have many workers.*|.torch.jit.script. is deprecated.*"
+        )
         tune_cpu()
         logging.raiseExceptions = bool(os.environ.get(TRACEBACK))  # e.g. where the disk of the log file is full
         try:
