@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import MaxNLocator
 
 from dd_lightning.data import Preprocessing
 from dd_lightning.distilled import DistilledData
@@ -157,8 +156,7 @@ def draw_curves(series: Series, label: str) -> Drawing:
         means, stds = [m.mean for m in line.values()], [m.std or 0.0 for m in line.values()]
         style = ("o-", "s--", "^-", "D--")[index % 4]
         axis[0].errorbar(list(line), means, yerr=stds, fmt=style, capsize=3, label=name)
-    axis[0].set(xlabel=label, ylabel="test accuracy, %")
-    axis[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis[0].set(xlabel=label, ylabel="test accuracy, %", xticks=sorted({x for line in series.values() for x in line}))
     axis[0].legend()
     return drawing
 
