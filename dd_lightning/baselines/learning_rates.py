@@ -31,13 +31,15 @@ def learn_rates(
         step_size: of Adam on the raw learning rates, brought down to zero along a cosine.
 
     Returns:
-        `raw`, [epoch, step]: the learning rates before the softplus.
+        `raw`, [epoch, step]: the learning rates before the softplus, their mean over the second half of the outer
+        steps. The best rates lie close to those that diverge, where a single network can throw the last ones off.
     """
     device = data.train.images.device
     sets = [one.to(device) for one in sets]
     raw = sets[0].raw_learning_rates.clone().requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=step_size, betas=(0.5, 0.999))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, outer_steps)
+    late = []
     for step in range(outer_steps):
         images, labels = data.minibatch(step)  # x_t, line 3
         distilled = replace(sets[step % len(sets)], raw_learning_rates=raw)
@@ -50,4 +52,6 @@ def learn_rates(
         nn.utils.clip_grad_norm_(raw, 1.0)
         optimizer.step()
         schedule.step()
-    return {"raw": raw.detach().cpu().numpy()}
+        if 2 * step + 1 >= outer_steps:
+            late.append(raw.detach().clone())
+    return {"raw": torch.stack(late).mean(0).cpu().numpy()}
