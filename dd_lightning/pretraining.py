@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -13,9 +14,10 @@ from dd_lightning.checks import check_count, check_positive
 from dd_lightning.data import OwnMinibatches, RealData
 from dd_lightning.heldout import confusion
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import Weights, channels_last, memory_format, stack, training_without_dropout
+from dd_lightning.networks import Weights, channels_last, stack, training_without_dropout
 from dd_lightning.objectives import Classification
 from dd_lightning.seeding import Stream, derive_seed
+from dd_lightning.unroll.gradients import single_gradient
 
 
 @dataclass(frozen=True)
@@ -63,34 +65,54 @@ def train(
         The trained weights.
     """
     minibatch, per_epoch = OwnMinibatches(streams), streams[0].batches_per_epoch
-    theta = {name: channels_last(value.clone()).requires_grad_() for name, value in weights.items()}
+    theta = {name: channels_last(value.clone()) for name, value in weights.items()}
+    gradient = _gradient(network, theta, minibatch(0)[0])
+    for value in theta.values():
+        value.grad = torch.zeros_like(value)
     # Elementwise, so that one Adam on the stacked weights is J Adams.
     betas = (recipe.betas[0], recipe.betas[1])
     optimizer = torch.optim.Adam(list(theta.values()), lr=recipe.lr, betas=betas, fused=True)
-    with training_without_dropout(network):
-        for epoch in range(recipe.epochs):
-            optimizer.param_groups[0]["lr"] = recipe.lr * 0.5 ** (epoch // recipe.halve_every)
-            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-                images, labels = minibatch(step)
-                logits = forward_own(network, theta, images)
-                # The sum over networks of each network's mean: no network sees another's gradient.
-                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(streams)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            on_epoch()
-    return {name: value.detach() for name, value in theta.items()}
+    for epoch in range(recipe.epochs):
+        optimizer.param_groups[0]["lr"] = recipe.lr * 0.5 ** (epoch // recipe.halve_every)
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            found = gradient(theta, *minibatch(step))
+            for name, value in theta.items():
+                value.grad.copy_(found[name])  # type: ignore[union-attr]
+            optimizer.step()
+        on_epoch()
+    return theta
+
+
+def _gradient(
+    network: nn.Module, theta: Weights, images: Float[Tensor, "init batch c h w"]
+) -> Callable[[Weights, Tensor, Tensor], Weights]:
+    """The gradient of each network's mean cross entropy on its own images: the fastest way for these."""
+    if len(images) > 1:
+        return partial(_gradient_of_many, network)
+    alone = single_gradient(network, theta, images[0])
+    return lambda theta, images, labels: alone(theta, images[0], labels[0], again=False)[0]
+
+
+def _gradient_of_many(
+    network: nn.Module,
+    theta: Weights,
+    images: Float[Tensor, "init batch c h w"],
+    labels: Int[Tensor, "init batch"],
+) -> Weights:
+    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    logits = forward_own(network, leaves, images)
+    # The sum over networks of each network's mean: no network sees another's gradient.
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(images)
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def forward_own(
     network: nn.Module, weights: Weights, images: Float[Tensor, "init batch c h w"]
 ) -> Float[Tensor, "init batch classes"]:
-    """Logits of the J networks, each on its own images, in the mode the template is in."""
-    if len(images) == 1:
-        single = {name: value[0] for name, value in weights.items()}
-        own = images[0].to(memory_format=memory_format(network, images[0]))
-        return functional_call(network, single, (own,))[None]
-    return vmap(lambda single, own: functional_call(network, single, (own,)))(weights, images)
+    """Logits of J networks in train mode with dropout off, each on its own images."""
+    with training_without_dropout(network):
+        return vmap(lambda single, own: functional_call(network, single, (own,)))(weights, images)
 
 
 def train_networks(
@@ -145,7 +167,7 @@ def check_batched(network: nn.Module, init: RandomInit, data: RealData) -> None:
     weights = stack([init.draw(network, Stream.PRETRAINING, index) for index in range(2)])
     images = data.preprocessing(data.train.images[:2]).expand(2, -1, -1, -1, -1)
     try:
-        with torch.no_grad(), training_without_dropout(network):
+        with torch.no_grad():
             forward_own(network, weights, images)
     except (RuntimeError, NotImplementedError) as error:
         message = " ".join(str(error).split())[:200]

@@ -10,7 +10,8 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
-from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum
+from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum, plain
+from dd_lightning.unroll.gradients import AutogradGradient, PlainGradient
 
 ENGINES = [
     HigherUnroll,
@@ -140,6 +141,37 @@ def test_every_engine_and_inner_optimizer_equals_higher(engine, optimizer, netwo
     for one, other in zip(gradients(engine(optimizer=optimizer), network, theta_0, data, real), expected, strict=True):
         assert other.norm() > 0
         assert (one - other).norm() <= 1e-8 * other.norm()
+
+
+class Pooled(nn.Sequential):
+    """A narrow strided convolution of the images, whose 3 × 2 pooling drops a rest of its pixels."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(2, 3, (3, 4), stride=(1, 2), padding=1, bias=False), nn.MaxPool2d((3, 2)), nn.ReLU(), nn.Flatten()
+        )
+        self.append(nn.Linear(36, 4))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"), [(LeNet(1, 28, 4), (1, 28, 28)), (LeNet(3, 17, 4), (3, 17, 17)), (Pooled(), (2, 11, 17))]
+)
+def test_a_convolution_taken_with_its_pooling_has_the_same_gradient_and_derivative(network, shape):
+    network, theta, _, _ = problem(network, shape, 4)
+    images = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images[:, :, : shape[1] // 2] = 0.5  # where all pixels of a window are equal, the first has the gradient
+    labels = torch.arange(6) % 4
+    phased = PlainGradient(network, phased=True)
+    assert any(isinstance(layer, plain.PhasedConv2d) for layer, _ in phased._layers)
+    direction = {name: torch.randn_like(value) for name, value in theta.items()}
+    (one, one_x), (other, other_x) = (
+        (gradient, engine.derivative(tape, direction))
+        for engine in (phased, AutogradGradient(network, batched=False))
+        for gradient, tape in [engine(engine.prepared(theta), images, labels, again=True)]
+    )
+    for found, expected in [(one, other), (one_x[0], other_x[0]), ({"x": one_x[1]}, {"x": other_x[1]})]:
+        for name, value in expected.items():
+            assert (found[name] - value).norm() <= 1e-10 * value.norm()
 
 
 class UnusualNet(nn.Module):

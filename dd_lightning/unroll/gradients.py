@@ -1,11 +1,13 @@
 """The gradient of one GD step, and its derivative in a direction of weights: all that Eq. (9) and its reverse need."""
 
+import itertools
 import logging
+import math
 import operator
 from abc import ABC, abstractmethod
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,18 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
 from dd_lightning.networks import Weights, channels_last, forward_each, stack, training_without_dropout, unstack
-from dd_lightning.stem import Tracer
+from dd_lightning.stem import LANES, Tracer
 from dd_lightning.unroll import layers, plain, stacked
 from dd_lightning.unroll.layers import Layer, UnsupportedLayerError
 
 log = logging.getLogger(__name__)
 
+MANY = 32  # images, from which on more work in fewer operations is worth it
+
 Images = Float[Tensor, "batch c h w"]
 Labels = Int[Tensor, " batch"]
+C = TypeVar("C", bound=Layer)
+P = TypeVar("P", stacked.MaxPool2d, plain.MaxPool2d)
 
 
 class StepGradient(ABC):
@@ -110,6 +116,19 @@ class LayeredGradient(StepGradient):
                 self._layers.append((layer, [activation[n] for n in node.all_input_nodes]))
                 activation[node] = len(self._layers)
 
+    def _pooled(self, convolution: type[C], pooling: type[P]) -> list[tuple[int, C, P]]:
+        """The convolutions of the images that pooling with adjoining windows alone reads, and where they are.
+
+        Their outputs can be laid out by the pixels of the windows, the phases.
+        """
+        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
+        return [
+            (index, before, layer)
+            for index, ((before, images), (layer, inputs)) in enumerate(itertools.pairwise(self._layers))
+            if isinstance(before, convolution) and images == [0] and readers.count(index + 1) == 1
+            if isinstance(layer, pooling) and inputs == [index + 1] and layer.tiles
+        ]
+
     def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:
         """∇ℓ for x as the first layer takes it; labels broadcast against logits, whose axis 1 is the classes."""
         activations, saved = [x], []
@@ -165,15 +184,9 @@ class StackedGradient(LayeredGradient):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network, stacked)
-        # Where pooling alone reads a convolution of the images, the convolution lays out its windows as phases. Of the
-        # images alone, because the patches of later layers are not shared, and slow in this order.
-        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
-        for layer, (index, *_) in self._layers:
-            before, inputs = self._layers[index - 1] if index else (None, [])
-            if not isinstance(layer, stacked.MaxPool2d) or not isinstance(before, stacked.Conv2d):
-                continue
-            if inputs == [0] and layer.tiles and readers.count(index) == 1:
-                before.pooling, layer.phased = layer.kernel, True
+        # Of the images alone, because the patches of later layers are not shared, and slow in this order.
+        for _, before, layer in self._pooled(stacked.Conv2d, stacked.MaxPool2d):
+            before.pooling, layer.phased = layer.kernel, True
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
@@ -187,17 +200,29 @@ class StackedGradient(LayeredGradient):
 
 
 class PlainGradient(LayeredGradient):
-    """One network after the other, by torch's own kernels; on a CPU in channels last."""
+    """One network after the other, by torch's own kernels; on a CPU in channels last.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        phased: take a narrow first convolution together with its pooling, which is faster for many images on a CPU.
+    """
+
+    def __init__(self, network: nn.Module, phased: bool = False) -> None:
         super().__init__(network, plain)
+        self._phased = False
+        if not phased:
+            return
+        for index, before, layer in self._pooled(plain.Conv2d, plain.MaxPool2d):
+            if before.simple and math.prod(layer.kernel) * before.module.out_channels <= LANES:
+                self._layers[index] = plain.PhasedConv2d(before.name, before.module, layer.kernel), [0]
+                self._layers[index + 1] = plain.PhasedMaxPool2d(), [index + 1]
+                self._phased = True
 
     def prepared(self, theta: Weights) -> Weights:
         return {name: channels_last(weight) for name, weight in theta.items()}
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
-        x = channels_last(images)
+        x = images.contiguous() if self._phased else channels_last(images)
         found = [self._gradient(single, x, labels[:, None], again) for single in unstack(theta)]
         gradients, tapes = zip(*found, strict=True)
         return stack(list(gradients)), tapes
@@ -315,9 +340,10 @@ def batched_gradient(network: nn.Module, theta: Weights, images: Images) -> Step
 def single_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
     """The fastest for one network after the other: by layers, where there are rules for them, else by autograd."""
     try:
-        return _tried(PlainGradient(network), theta, images)
+        phased = images.device.type == "cpu" and len(images) >= MANY
+        return _tried(PlainGradient(network, phased), theta, images)
     except UnsupportedLayerError as reason:
-        log.info(f"{type(network).__name__} is differentiated by autograd, as there is no faster rule for {reason}")
+        log.debug(f"{type(network).__name__} is differentiated by autograd, as there is no faster rule for {reason}")
         return AutogradGradient(network, batched=False)
 
 

@@ -5,6 +5,7 @@ direction θ̇ of weights: x → y, ȳ → (x̄, w̄), ẋ → ẏ and ȳ̇ → 
 forward over reverse (Pearlmutter, 1994), which needs no graph and half of the work of reverse over reverse.
 """
 
+import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,6 +27,17 @@ class UnsupportedLayerError(Exception):
 
 def pair(value: int | tuple[int, ...] | list[int]) -> Size:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def largest(phases: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The maximum along a dimension, and a mask of where it is; of equal numbers the first, as in torch's pooling."""
+    y = functools.reduce(torch.maximum, phases.unbind(dim))
+    chosen = phases == y.unsqueeze(dim)
+    before = chosen.select(dim, 0)
+    for phase in chosen.unbind(dim)[1:]:
+        phase &= ~before
+        before = before | phase
+    return y, chosen.to(y.dtype)
 
 
 class Layer(ABC):

@@ -4,6 +4,8 @@ Activations are [batch, channel, height, width], channels last on CPUs, and [bat
 enough to keep a processor busy by itself gains nothing from other networks beside it, and patches only cost memory.
 """
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -11,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd_lightning.networks import channels_last
-from dd_lightning.unroll.layers import Differentiated, Layer, Reshaped, Tensors, UnsupportedLayerError, pair
+from dd_lightning.stem import LANES
+from dd_lightning.unroll.layers import (
+    Differentiated,
+    Layer,
+    Reshaped,
+    Size,
+    Tensors,
+    UnsupportedLayerError,
+    largest,
+    pair,
+)
 
 
 class Conv2d(Layer):
@@ -21,20 +33,33 @@ class Conv2d(Layer):
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
             raise UnsupportedLayerError(f"{name}, a convolution with padding by name or by {module.padding_mode}")
         self.names = (f"{name}.weight", f"{name}.bias") if module.bias is not None else (f"{name}.weight",)
-        self._convolution = module._conv_forward
+        self.name, self.module = name, module
         options = module.stride, module.padding, module.dilation
         self._options = *map(list, options), False, [0] * len(module.padding), module.groups
 
+    @property
+    def simple(self) -> bool:
+        """Whether it has neither groups nor dilation."""
+        return self.module.groups == 1 and pair(self.module.dilation) == (1, 1)
+
     def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._convolution(x, weight, bias)
+        return self.module._conv_forward(x, weight, bias)
 
     def _adjoints(self, dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor | None]:
         """x̄, w̄ and b̄, those that are wanted."""
         bias = [weight.shape[0]] if wanted[2] else None
-        return list(torch.ops.aten.convolution_backward(dy, x, weight, bias, *self._options, wanted))
+        backward = torch.ops.aten.convolution_backward
+        if wanted[0] and x.device.type == "cpu" and max(weight.shape[:2]) <= LANES // 2:
+            # Of a narrow convolution x̄ is faster in the default memory format, w̄ in channels last.
+            shape = x.new_empty(x.shape)
+            dx, *_ = backward(dy.contiguous(), shape, weight.contiguous(), None, *self._options, (True, False, False))
+            dw = backward(dy, x, weight, bias, *self._options, (False, *wanted[1:])) if any(wanted[1:]) else [None] * 3
+            return [dx, *dw[1:]]
+        return list(backward(dy, x, weight, bias, *self._options, wanted))
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        return self._forward(xs[0], *w), xs[0]
+        x = channels_last(xs[0])
+        return self._forward(x, *w), x
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         dx, *dw = self._adjoints(dy, saved, w[0], (wanted, True, len(w) > 1))
@@ -57,6 +82,88 @@ class Conv2d(Layer):
         if tsaved is not None:
             ew[0] = ew[0] + self._adjoints(dy, tsaved, w[0], (False, True, False))[1]  # type: ignore[operator]
         return [ex], ew  # type: ignore[return-value]
+
+
+class PhasedConv2d(Layer):
+    """`nn.Conv2d` of images, whose output pooling alone reads: [batch, phase, channel, height, width].
+
+    The phases are the pixels of a pooling window: channels of a convolution with a larger stride. A narrow convolution
+    leaves most of a processor's vector unit empty; the wide one does not, and pooling is a maximum of contiguous slabs.
+
+    Args:
+        pooling: height and width of the windows.
+    """
+
+    def __init__(self, name: str, module: nn.Conv2d, pooling: Size) -> None:
+        self.pooling, self.stride = pooling, pair(module.stride)
+        sides = zip(pair(module.kernel_size), self.stride, pooling, strict=True)
+        kernel = [k + (p - 1) * a for k, a, p in sides]
+        stride = [a * p for a, p in zip(self.stride, pooling, strict=True)]
+        channels, bias = math.prod(pooling) * module.out_channels, module.bias is not None
+        wide = nn.Conv2d(module.in_channels, channels, kernel, stride, module.padding, bias=bias, device="meta")  # type: ignore[arg-type]
+        self.wide = Conv2d(name, wide)
+        self.names = self.wide.names
+
+    def _windows(self, wide: Tensor, weight: Tensor) -> list[Tensor]:
+        """The part of each phase's weights that is not zero, [out, in, height, width]."""
+        (k, l), (a, b), (p, q) = weight.shape[2:], self.stride, self.pooling  # noqa: E741
+        wide = wide.unflatten(0, (p, q, -1))
+        return [wide[i, j, :, :, i * a : i * a + k, j * b : j * b + l] for i in range(p) for j in range(q)]
+
+    def _widened(self, w: Tensors) -> Tensors:
+        """The weights of all phases."""
+        wide = w[0].new_zeros(self.wide.module.weight.shape)
+        for window in self._windows(wide, w[0]):
+            window.copy_(w[0])
+        return [wide, *(torch.cat([bias] * math.prod(self.pooling)) for bias in w[1:])]
+
+    def _narrowed(self, dw: Tensors, w: Tensors) -> Tensors:
+        """The adjoint of `_widened`."""
+        weight = functools.reduce(torch.add, self._windows(dw[0], w[0]))
+        return [weight, *(bias.view(-1, len(w[0])).sum(0) for bias in dw[1:])]
+
+    def _phased(self, y: Tensor) -> Tensor:
+        return y.unflatten(1, (math.prod(self.pooling), -1))
+
+    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
+        wide = self._widened(w)
+        return self._phased(self.wide._forward(xs[0], *wide)), (xs[0], wide)
+
+    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
+        x, wide = saved
+        found, dw = self.wide.backward(wide, x, dy.flatten(1, 2), wanted)
+        return found, self._narrowed(dw, w)
+
+    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
+        x, wide = saved
+        ty, kept = self.wide.tangent(wide, x, self._widened(tw), txs)
+        return (None if ty is None else self._phased(ty)), kept
+
+    def backward_tangent(
+        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
+    ) -> tuple[list[Tensor | None], Tensors]:
+        dy, ey = dy.flatten(1, 2), None if ey is None else ey.flatten(1, 2)
+        x, wide = saved
+        found, ew = self.wide.backward_tangent(wide, x, self._widened(tw), tsaved, dy, ey)
+        return found, self._narrowed(ew, w)
+
+
+class PhasedMaxPool2d(Layer):
+    """`nn.MaxPool2d` of what `PhasedConv2d` lays out."""
+
+    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
+        return largest(xs[0], dim=1)
+
+    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
+        return [saved * dy.unsqueeze(1)], []
+
+    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
+        return (None if txs[0] is None else (saved * txs[0]).sum(1)), None
+
+    def backward_tangent(
+        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
+    ) -> tuple[list[Tensor | None], Tensors]:
+        return [None if ey is None else saved * ey.unsqueeze(1)], []
 
 
 class Linear(Layer):
@@ -93,6 +200,13 @@ class MaxPool2d(Layer):
         if indices:
             raise UnsupportedLayerError("max pooling with indices")
         self._options = *(list(pair(o)) for o in (kernel, stride or kernel, padding, dilation)), ceil_mode
+        self.kernel = pair(kernel)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether its windows neither overlap nor leave the picture."""
+        kernel, stride, padding, dilation, ceil_mode = self._options
+        return kernel == stride and padding == [0, 0] and dilation == [1, 1] and not ceil_mode
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
         y, chosen = torch.ops.aten.max_pool2d_with_indices(xs[0], *self._options)

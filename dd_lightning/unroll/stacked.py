@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dd_lightning.unroll.layers import Differentiated, Layer, Reshaped, Size, Tensors, UnsupportedLayerError, pair
+from dd_lightning.unroll.layers import (
+    Differentiated,
+    Layer,
+    Reshaped,
+    Size,
+    Tensors,
+    UnsupportedLayerError,
+    largest,
+    pair,
+)
 
 
 def _product(weight: Float[Tensor, "init out inner"], x: Float[Tensor, "init inner columns"]) -> Tensor:
@@ -202,16 +211,8 @@ class MaxPool2d(Layer):
         return padded[:, :, None, m : m + height, n : n + width]
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        pixels = self._gather(xs[0], -torch.inf)
-        y = pixels[:, :, 0]
-        for pixel in pixels.unbind(2)[1:]:
-            y = torch.maximum(y, pixel)
-        chosen = pixels == y[:, :, None]
-        before = chosen[:, :, 0]
-        for phase in chosen.unbind(2)[1:]:
-            phase &= ~before
-            before = before | phase
-        return y[:, :, None], (chosen.to(y.dtype), xs[0].shape)
+        y, chosen = largest(self._gather(xs[0], -torch.inf), dim=2)
+        return y[:, :, None], (chosen, xs[0].shape)
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         chosen, shape = saved
