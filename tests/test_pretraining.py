@@ -1,5 +1,7 @@
 """Training of populations: many at once against one at a time, and resuming."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,3 +181,14 @@ def test_bad_input_in_one_line(straight, run, overrides, message):
     assert message in error
     assert error.startswith("dd-pretrain: error: ")
     assert "Traceback" not in error
+
+
+def test_a_sweep_lies_among_the_runs_and_lists_what_failed(packed, run):
+    packed()
+    code, error, folder = run("pretrain", "-m", *TOY, "workers=1", "name=one", "networks=0,4")
+    assert code == 1
+    assert "1 job(s) of the sweep failed" in error
+    assert "networks must be a whole number of at least 1" in error
+    assert folder.parent.name == "pretrain"
+    assert not Path("multirun").exists()
+    assert Path("populations/one/card.json").is_file()

@@ -42,6 +42,7 @@ def test_finished_jobs_are_skipped_and_failed_ones_listed_and_run_again(run):
     first = {rate: path.stat().st_mtime_ns for rate, path in results().items()}
     assert set(first) == {"0.1", "0.2"}
     code, error, _ = run("evaluate", "-m", "distilled.learning_rate=0.1,0.2,0.3", *SWEPT)
+    assert (code, error) == (0, "")  # what failed before is no job of this sweep
     second = {rate: path.stat().st_mtime_ns for rate, path in results().items()}
     assert second.pop("0.3")
     assert second == first

@@ -47,15 +47,23 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
 
 
 class Failures(Callback):
-    """Ends a multirun with an error that lists the jobs that failed."""
+    """Ends a multirun with an error that lists its jobs that failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._before = _failures(config)  # of earlier multiruns in the same folder
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        failed = [_read(path) for path in sorted(Path(config.hydra.sweep.dir).rglob(FAILED))]
+        failed = [_read(path) for path, time in _failures(config).items() if self._before.get(path) != time]
         if failed:
             lines = [f"  {job['overrides']}: {job['error']}" for job in failed if job]
             sys.exit(
                 "\n".join([f"{len(failed)} job(s) of the sweep failed; the same command runs them again:", *lines])
             )
+
+
+def _failures(config: DictConfig) -> dict[Path, int]:
+    """Where in a sweep's folder jobs failed, and when."""
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(config.hydra.sweep.dir).rglob(FAILED))}
 
 
 def _read(path: Path) -> Any:
