@@ -71,9 +71,16 @@ def straight(run, kept):
     return kept["folder"]
 
 
+def heed(request, number):
+    """What is started in the background ignores SIGINT, and leaves it so; here it is to be heeded anyway."""
+    before = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, before))
+
+
 @pytest.mark.parametrize(("name", "step"), [("SIGTERM", 3), ("SIGINT", 7), ("SIGUSR1", 9)])
-def test_a_signal_saves_at_once_and_the_same_command_goes_on(run, monkeypatch, straight, name, step):
+def test_a_signal_saves_at_once_and_the_same_command_goes_on(request, run, monkeypatch, straight, name, step):
     number = signal.Signals[name]
+    heed(request, number)
     at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
     code, error, folder = run("distill", *RUN)
     assert code == 128 + number
