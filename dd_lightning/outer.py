@@ -14,7 +14,7 @@ from dd_lightning.networks import Weights, count, evaluating, memory_format, spl
 from dd_lightning.stem import Stem, stem_of
 
 LossesAndGradient = tuple[list[Tensor], Weights]
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class OuterLoss:
@@ -82,7 +82,7 @@ class OuterLoss:
         return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+        return torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
 
 class _MeanLoss(torch.autograd.Function):

@@ -10,14 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from dd_lightning.checks import check_count, check_positive
+from dd_lightning.checks import check_choice, check_count, check_positive
 from dd_lightning.data import OwnMinibatches, RealData
 from dd_lightning.heldout import confusion
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import Weights, channels_last, stack, training_without_dropout
+from dd_lightning.networks import Weights, count, split, stack, training_without_dropout
 from dd_lightning.objectives import Classification
+from dd_lightning.outer import PRECISIONS
 from dd_lightning.seeding import Stream, derive_seed
-from dd_lightning.unroll.gradients import single_gradient
+from dd_lightning.unroll.gradients import first_gradient
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,23 @@ class Recipe:
         lr: step size.
         halve_every: epochs after which the step size is halved.
         betas: of Adam.
+        precision: of the gradients: float32, or bfloat16, which is faster on processors that have instructions for it.
+            The weights are kept in float32.
 
     Raises:
-        ValueError: a count below 1, a step size that is not positive, or a beta outside 0 to 1.
+        ValueError: a count below 1, a step size that is not positive, a beta outside 0 to 1, or another precision.
     """
 
     epochs: int
     lr: float
     halve_every: int
     betas: Sequence[float] = (0.5, 0.999)
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         check_count(epochs=self.epochs, halve_every=self.halve_every)
         check_positive(lr=self.lr)
+        check_choice("precision", self.precision, PRECISIONS)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(self.betas)}")
 
@@ -65,32 +70,59 @@ def train(
         The trained weights.
     """
     minibatch, per_epoch = OwnMinibatches(streams), streams[0].batches_per_epoch
-    theta = {name: channels_last(value.clone()) for name, value in weights.items()}
-    gradient = _gradient(network, theta, minibatch(0)[0])
-    for value in theta.values():
-        value.grad = torch.zeros_like(value)
-    # Elementwise, so that one Adam on the stacked weights is J Adams.
+    gradient, dtype = _gradient(network, weights, minibatch(0)[0]), PRECISIONS[recipe.precision]
+    flat, named = _flat(weights)
+    flat.grad = torch.zeros_like(flat)
+    gradients = named(flat.grad)
+    # Elementwise, so that one Adam of all weights is an Adam of each.
     betas = (recipe.betas[0], recipe.betas[1])
-    optimizer = torch.optim.Adam(list(theta.values()), lr=recipe.lr, betas=betas, fused=True)
+    optimizer = torch.optim.Adam([flat], lr=recipe.lr, betas=betas, fused=True)
     for epoch in range(recipe.epochs):
         optimizer.param_groups[0]["lr"] = recipe.lr * 0.5 ** (epoch // recipe.halve_every)
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            found = gradient(theta, *minibatch(step))
-            for name, value in theta.items():
-                value.grad.copy_(found[name])  # type: ignore[union-attr]
+            images, labels = minibatch(step)
+            for name, found in gradient(named(flat.to(dtype)), images.to(dtype), labels).items():
+                gradients[name].copy_(found)
             optimizer.step()
         on_epoch()
-    return theta
+    return {name: value.clone() for name, value in named(flat).items()}
+
+
+def _flat(weights: Weights) -> tuple[Float[Tensor, "init flat"], Callable[[Tensor], Weights]]:
+    """All weights of a network in a row, and what finds them there by name.
+
+    Rows are as long as a whole number of vector registers: else the number of rows would say which weights an
+    optimizer takes one by one, with another rounding.
+    """
+    shapes = {name: value.shape for name, value in weights.items()}
+    lengths = [shape[1:].numel() for shape in shapes.values()]
+    lengths.append(-sum(lengths) % 64)
+
+    def named(flat: Tensor) -> Weights:
+        parts = flat.split(lengths, dim=1)[:-1]
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    flat = next(iter(weights.values())).new_zeros(count(weights), sum(lengths))
+    for name, value in named(flat).items():
+        value.copy_(weights[name])
+    return flat, named
 
 
 def _gradient(
     network: nn.Module, theta: Weights, images: Float[Tensor, "init batch c h w"]
 ) -> Callable[[Weights, Tensor, Tensor], Weights]:
     """The gradient of each network's mean cross entropy on its own images: the fastest way for these."""
-    if len(images) > 1:
+    if len(images) > 1 and images.device.type != "cpu":
         return partial(_gradient_of_many, network)
-    alone = single_gradient(network, theta, images[0])
-    return lambda theta, images, labels: alone(theta, images[0], labels[0], again=False)[0]
+    alone = first_gradient(network, theta, images[0])
+
+    def each(theta: Weights, images: Tensor, labels: Tensor) -> Weights:
+        # One after the other: a CPU keeps at hand what it works on, and no network changes another's rounding.
+        own = zip(split(theta, 1), images, labels, strict=True)
+        found = [alone(alone.prepared(single), x, y, again=False)[0] for single, x, y in own]
+        return {name: torch.cat([gradient[name] for gradient in found]) for name in theta}
+
+    return each
 
 
 def _gradient_of_many(
@@ -102,7 +134,7 @@ def _gradient_of_many(
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
     logits = forward_own(network, leaves, images)
     # The sum over networks of each network's mean: no network sees another's gradient.
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(images)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()) * len(images)
     found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 
@@ -127,7 +159,7 @@ def train_networks(
     """Trains and tests networks of a population, on the device of `data`.
 
     Initial weights and the order of the data are drawn from `(init.seed, index)`: which networks are trained
-    together changes their rounding alone, and with `at_once=1` nothing.
+    together changes nothing on a CPU, and their rounding alone on a GPU.
 
     Args:
         network: the template, on the device of `data`.

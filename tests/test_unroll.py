@@ -10,8 +10,8 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
-from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum, plain
-from dd_lightning.unroll.gradients import AutogradGradient, PlainGradient
+from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum, stacked
+from dd_lightning.unroll.gradients import AutogradGradient, StackedGradient
 
 ENGINES = [
     HigherUnroll,
@@ -153,16 +153,21 @@ class Pooled(nn.Sequential):
         self.append(nn.Linear(36, 4))
 
 
+@pytest.mark.parametrize("networks", [1, 2])
 @pytest.mark.parametrize(
     ("network", "shape"), [(LeNet(1, 28, 4), (1, 28, 28)), (LeNet(3, 17, 4), (3, 17, 17)), (Pooled(), (2, 11, 17))]
 )
-def test_a_convolution_taken_with_its_pooling_has_the_same_gradient_and_derivative(network, shape):
+def test_a_convolution_taken_with_its_pooling_has_the_same_gradient_and_derivative(network, shape, networks):
+    """For one network the phases are more rows of the product, for two more columns."""
     network, theta, _, _ = problem(network, shape, 4)
+    theta = {name: value[:networks] for name, value in theta.items()}
     images = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images[:, :, : shape[1] // 2] = 0.5  # where all pixels of a window are equal, the first has the gradient
     labels = torch.arange(6) % 4
-    phased = PlainGradient(network, phased=True)
-    assert any(isinstance(layer, plain.PhasedConv2d) for layer, _ in phased._layers)
+    phased = StackedGradient(network)
+    first = next(layer for layer, _ in phased._layers if isinstance(layer, stacked.Conv2d))
+    pictures = images.permute(1, 2, 3, 0)[None, :, None]
+    assert first._widened(pictures, theta[first.names[0]]) == (networks == 1)
     direction = {name: torch.randn_like(value) for name, value in theta.items()}
     (one, one_x), (other, other_x) = (
         (gradient, engine.derivative(tape, direction))

@@ -57,8 +57,8 @@ def build_job(cfg: DictConfig, device: torch.device) -> Job:
     inits = {part: RandomInit(cfg.scheme, cfg.gain, seed=seed) for part, seed in seeds.items()}
     data = build_data(cfg)
     network = build_network(cfg, data, inits[TRAIN])
-    at_once = cfg.at_once or (100 if device.type != "cpu" else 1)
-    if at_once > 1:
+    at_once = cfg.at_once or (100 if device.type != "cpu" else 4)
+    if at_once > 1 and device.type != "cpu":
         check_batched(network, inits[TRAIN], data)
     card = make_card(cfg, data, network, seeds)
     population = open_population(Path(cfg.populations_dir, card["name"]), card)

@@ -123,7 +123,7 @@ class OwnMinibatches:
             orders = torch.stack([stream.order(epoch) for stream in self.streams])
             self._orders = epoch, orders.to(train.images.device)
         chosen = self._orders[1][:, position * data.batch_size : (position + 1) * data.batch_size]
-        images = train.images[chosen]
+        images = train.images.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
         if data.dataset.augments:
             images = torch.stack([s.augment(own, step) for s, own in zip(self.streams, images, strict=True)])
         return data.preprocessing(images), train.labels[chosen]

@@ -2,12 +2,12 @@
 
 import itertools
 import logging
-import math
 import operator
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,8 @@ from dd_lightning.unroll.layers import Layer, UnsupportedLayerError
 
 log = logging.getLogger(__name__)
 
-MANY = 32  # images, from which on more work in fewer operations is worth it
-
 Images = Float[Tensor, "batch c h w"]
 Labels = Int[Tensor, " batch"]
-C = TypeVar("C", bound=Layer)
-P = TypeVar("P", stacked.MaxPool2d, plain.MaxPool2d)
 
 
 class StepGradient(ABC):
@@ -116,19 +112,6 @@ class LayeredGradient(StepGradient):
                 self._layers.append((layer, [activation[n] for n in node.all_input_nodes]))
                 activation[node] = len(self._layers)
 
-    def _pooled(self, convolution: type[C], pooling: type[P]) -> list[tuple[int, C, P]]:
-        """The convolutions of the images that pooling with adjoining windows alone reads, and where they are.
-
-        Their outputs can be laid out by the pixels of the windows, the phases.
-        """
-        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
-        return [
-            (index, before, layer)
-            for index, ((before, images), (layer, inputs)) in enumerate(itertools.pairwise(self._layers))
-            if isinstance(before, convolution) and images == [0] and readers.count(index + 1) == 1
-            if isinstance(layer, pooling) and inputs == [index + 1] and layer.tiles
-        ]
-
     def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:
         """∇ℓ for x as the first layer takes it; labels broadcast against logits, whose axis 1 is the classes."""
         activations, saved = [x], []
@@ -136,11 +119,12 @@ class LayeredGradient(StepGradient):
             y, kept = layer.forward([theta[n] for n in layer.names], [activations[i] for i in inputs])
             activations.append(y)
             saved.append(kept)
-        probabilities = torch.softmax(activations[self._output], 1)
+        logits = activations[self._output]
+        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
         classes = torch.arange(probabilities.shape[1], device=labels.device)
         truth = labels == classes.view(-1, *(1,) * (probabilities.ndim - 2))
         adjoints: list[Tensor | None] = [None] * len(activations)
-        adjoints[self._output] = (probabilities - truth.to(probabilities.dtype)) / labels.numel()
+        adjoints[self._output] = ((probabilities - truth.to(probabilities.dtype)) / labels.numel()).to(logits.dtype)
         gradient: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
@@ -184,9 +168,13 @@ class StackedGradient(LayeredGradient):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network, stacked)
-        # Of the images alone, because the patches of later layers are not shared, and slow in this order.
-        for _, before, layer in self._pooled(stacked.Conv2d, stacked.MaxPool2d):
-            before.pooling, layer.phased = layer.kernel, True
+        # What pooling with adjoining windows alone reads is laid out by the pixels of the windows, the phases. Of the
+        # images alone, because the patches of later layers are not shared, and slow in this order.
+        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
+        for index, ((before, images), (layer, inputs)) in enumerate(itertools.pairwise(self._layers), 1):
+            alone = images == [0] and inputs == [index] and readers.count(index) == 1
+            if alone and isinstance(before, stacked.Conv2d) and isinstance(layer, stacked.MaxPool2d) and layer.tiles:
+                before.pooling, layer.phased = layer.kernel, True
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
@@ -200,30 +188,17 @@ class StackedGradient(LayeredGradient):
 
 
 class PlainGradient(LayeredGradient):
-    """One network after the other, by torch's own kernels; on a CPU in channels last.
+    """One network after the other, by torch's own kernels; on a CPU in channels last."""
 
-    Args:
-        phased: take a narrow first convolution together with its pooling, which is faster for many images on a CPU.
-    """
-
-    def __init__(self, network: nn.Module, phased: bool = False) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__(network, plain)
-        self._phased = False
-        if not phased:
-            return
-        for index, before, layer in self._pooled(plain.Conv2d, plain.MaxPool2d):
-            if before.simple and math.prod(layer.kernel) * before.module.out_channels <= LANES:
-                self._layers[index] = plain.PhasedConv2d(before.name, before.module, layer.kernel), [0]
-                self._layers[index + 1] = plain.PhasedMaxPool2d(), [index + 1]
-                self._phased = True
 
     def prepared(self, theta: Weights) -> Weights:
         return {name: channels_last(weight) for name, weight in theta.items()}
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
-        x = images.contiguous() if self._phased else channels_last(images)
-        found = [self._gradient(single, x, labels[:, None], again) for single in unstack(theta)]
+        found = [self._gradient(single, channels_last(images), labels[:, None], again) for single in unstack(theta)]
         gradients, tapes = zip(*found, strict=True)
         return stack(list(gradients)), tapes
 
@@ -340,11 +315,22 @@ def batched_gradient(network: nn.Module, theta: Weights, images: Images) -> Step
 def single_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
     """The fastest for one network after the other: by layers, where there are rules for them, else by autograd."""
     try:
-        phased = images.device.type == "cpu" and len(images) >= MANY
-        return _tried(PlainGradient(network, phased), theta, images)
+        return _tried(PlainGradient(network), theta, images)
     except UnsupportedLayerError as reason:
         log.debug(f"{type(network).__name__} is differentiated by autograd, as there is no faster rule for {reason}")
         return AutogradGradient(network, batched=False)
+
+
+def first_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
+    """The fastest where each network has its own images and nothing but ∇ℓ is wanted.
+
+    Convolutions that are narrow leave torch's own kernels for a CPU half empty; products over patches do not.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    if images.device.type == "cpu" and all(module.out_channels <= LANES // 2 for module in convolutions):
+        with suppress(UnsupportedLayerError):
+            return _tried(StackedGradient(network), theta, images)
+    return single_gradient(network, theta, images)
 
 
 def _tried(gradient: LayeredGradient, theta: Weights, images: Images) -> StepGradient:

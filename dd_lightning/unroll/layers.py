@@ -32,12 +32,15 @@ def pair(value: int | tuple[int, ...] | list[int]) -> Size:
 def largest(phases: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The maximum along a dimension, and a mask of where it is; of equal numbers the first, as in torch's pooling."""
     y = functools.reduce(torch.maximum, phases.unbind(dim))
-    chosen = phases == y.unsqueeze(dim)
-    before = chosen.select(dim, 0)
-    for phase in chosen.unbind(dim)[1:]:
-        phase &= ~before
-        before = before | phase
-    return y, chosen.to(y.dtype)
+    chosen = torch.empty_like(phases)
+    (first, *rest), (*masks, last) = phases.unbind(dim), chosen.unbind(dim)
+    if not masks:
+        return y, last.fill_(1).unsqueeze(dim)
+    torch.eq(first, y, out=masks[0])
+    torch.ne(first, y, out=last)  # where none before is the largest
+    for phase, mask in zip(rest, masks[1:], strict=False):
+        last -= torch.eq(phase, y, out=mask).mul_(last)
+    return y, chosen
 
 
 class Layer(ABC):

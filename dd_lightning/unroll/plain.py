@@ -4,8 +4,6 @@ Activations are [batch, channel, height, width], channels last on CPUs, and [bat
 enough to keep a processor busy by itself gains nothing from other networks beside it, and patches only cost memory.
 """
 
-import functools
-import math
 from typing import Any
 
 import torch
@@ -18,10 +16,8 @@ from dd_lightning.unroll.layers import (
     Differentiated,
     Layer,
     Reshaped,
-    Size,
     Tensors,
     UnsupportedLayerError,
-    largest,
     pair,
 )
 
@@ -36,11 +32,6 @@ class Conv2d(Layer):
         self.name, self.module = name, module
         options = module.stride, module.padding, module.dilation
         self._options = *map(list, options), False, [0] * len(module.padding), module.groups
-
-    @property
-    def simple(self) -> bool:
-        """Whether it has neither groups nor dilation."""
-        return self.module.groups == 1 and pair(self.module.dilation) == (1, 1)
 
     def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.module._conv_forward(x, weight, bias)
@@ -84,88 +75,6 @@ class Conv2d(Layer):
         return [ex], ew  # type: ignore[return-value]
 
 
-class PhasedConv2d(Layer):
-    """`nn.Conv2d` of images, whose output pooling alone reads: [batch, phase, channel, height, width].
-
-    The phases are the pixels of a pooling window: channels of a convolution with a larger stride. A narrow convolution
-    leaves most of a processor's vector unit empty; the wide one does not, and pooling is a maximum of contiguous slabs.
-
-    Args:
-        pooling: height and width of the windows.
-    """
-
-    def __init__(self, name: str, module: nn.Conv2d, pooling: Size) -> None:
-        self.pooling, self.stride = pooling, pair(module.stride)
-        sides = zip(pair(module.kernel_size), self.stride, pooling, strict=True)
-        kernel = [k + (p - 1) * a for k, a, p in sides]
-        stride = [a * p for a, p in zip(self.stride, pooling, strict=True)]
-        channels, bias = math.prod(pooling) * module.out_channels, module.bias is not None
-        wide = nn.Conv2d(module.in_channels, channels, kernel, stride, module.padding, bias=bias, device="meta")  # type: ignore[arg-type]
-        self.wide = Conv2d(name, wide)
-        self.names = self.wide.names
-
-    def _windows(self, wide: Tensor, weight: Tensor) -> list[Tensor]:
-        """The part of each phase's weights that is not zero, [out, in, height, width]."""
-        (k, l), (a, b), (p, q) = weight.shape[2:], self.stride, self.pooling  # noqa: E741
-        wide = wide.unflatten(0, (p, q, -1))
-        return [wide[i, j, :, :, i * a : i * a + k, j * b : j * b + l] for i in range(p) for j in range(q)]
-
-    def _widened(self, w: Tensors) -> Tensors:
-        """The weights of all phases."""
-        wide = w[0].new_zeros(self.wide.module.weight.shape)
-        for window in self._windows(wide, w[0]):
-            window.copy_(w[0])
-        return [wide, *(torch.cat([bias] * math.prod(self.pooling)) for bias in w[1:])]
-
-    def _narrowed(self, dw: Tensors, w: Tensors) -> Tensors:
-        """The adjoint of `_widened`."""
-        weight = functools.reduce(torch.add, self._windows(dw[0], w[0]))
-        return [weight, *(bias.view(-1, len(w[0])).sum(0) for bias in dw[1:])]
-
-    def _phased(self, y: Tensor) -> Tensor:
-        return y.unflatten(1, (math.prod(self.pooling), -1))
-
-    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        wide = self._widened(w)
-        return self._phased(self.wide._forward(xs[0], *wide)), (xs[0], wide)
-
-    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        x, wide = saved
-        found, dw = self.wide.backward(wide, x, dy.flatten(1, 2), wanted)
-        return found, self._narrowed(dw, w)
-
-    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
-        x, wide = saved
-        ty, kept = self.wide.tangent(wide, x, self._widened(tw), txs)
-        return (None if ty is None else self._phased(ty)), kept
-
-    def backward_tangent(
-        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
-    ) -> tuple[list[Tensor | None], Tensors]:
-        dy, ey = dy.flatten(1, 2), None if ey is None else ey.flatten(1, 2)
-        x, wide = saved
-        found, ew = self.wide.backward_tangent(wide, x, self._widened(tw), tsaved, dy, ey)
-        return found, self._narrowed(ew, w)
-
-
-class PhasedMaxPool2d(Layer):
-    """`nn.MaxPool2d` of what `PhasedConv2d` lays out."""
-
-    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        return largest(xs[0], dim=1)
-
-    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [saved * dy.unsqueeze(1)], []
-
-    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
-        return (None if txs[0] is None else (saved * txs[0]).sum(1)), None
-
-    def backward_tangent(
-        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
-    ) -> tuple[list[Tensor | None], Tensors]:
-        return [None if ey is None else saved * ey.unsqueeze(1)], []
-
-
 class Linear(Layer):
     """`nn.Linear`, of vectors."""
 
@@ -200,13 +109,6 @@ class MaxPool2d(Layer):
         if indices:
             raise UnsupportedLayerError("max pooling with indices")
         self._options = *(list(pair(o)) for o in (kernel, stride or kernel, padding, dilation)), ceil_mode
-        self.kernel = pair(kernel)
-
-    @property
-    def tiles(self) -> bool:
-        """Whether its windows neither overlap nor leave the picture."""
-        kernel, stride, padding, dilation, ceil_mode = self._options
-        return kernel == stride and padding == [0, 0] and dilation == [1, 1] and not ceil_mode
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
         y, chosen = torch.ops.aten.max_pool2d_with_indices(xs[0], *self._options)

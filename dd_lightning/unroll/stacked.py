@@ -7,7 +7,9 @@ networks. The phase axis is 1, but between the first convolution and the pooling
 pixels of each pooling window, so that pooling is the maximum of contiguous slabs.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dd_lightning.stem import LANES
 from dd_lightning.unroll.layers import (
     Differentiated,
     Layer,
@@ -27,28 +30,32 @@ from dd_lightning.unroll.layers import (
 )
 
 
-def _product(weight: Float[Tensor, "init out inner"], x: Float[Tensor, "init inner columns"]) -> Tensor:
-    """weight @ x of all J networks, in one product where they share x."""
+def _product(
+    weight: Float[Tensor, "init rows inner"], x: Float[Tensor, "init inner columns"]
+) -> Float[Tensor, "init rows columns"]:
+    """weight @ x, in one product where the networks share x."""
     return (weight.flatten(0, 1) @ x[0]).unflatten(0, weight.shape[:2]) if len(x) == 1 else torch.bmm(weight, x)
 
 
 def _weight_adjoint(
-    dy: Float[Tensor, "init out columns"], x: Float[Tensor, "init inner columns"], to: Tensor | None = None
-) -> Tensor:
-    """dy @ xᵀ, added in place to what is given."""
+    dy: Float[Tensor, "init rows columns"], x: Float[Tensor, "init inner columns"], to: Tensor | None = None
+) -> Float[Tensor, "init inner rows"]:
+    """x @ dyᵀ, added in place to what is given: the transposed adjoint, because matrices that begin long are faster."""
     if to is not None:
-        return to.baddbmm_(dy, x.transpose(1, 2))
+        return to.baddbmm_(x, dy.mT)
     if len(x) == 1:
-        return (dy.flatten(0, 1) @ x[0].T).unflatten(0, dy.shape[:2])
-    return torch.bmm(dy, x.transpose(1, 2))
+        return (x[0] @ dy.flatten(0, 1).T).unflatten(1, dy.shape[:2]).transpose(0, 1)
+    return torch.bmm(x, dy.mT)
 
 
-def _input_adjoint(weight: Tensor, dy: Tensor, shared: bool, to: Tensor | None = None) -> Tensor:
+def _input_adjoint(
+    weight: Float[Tensor, "init rows inner"], dy: Tensor, shared: bool, to: Tensor | None = None
+) -> Float[Tensor, "init inner columns"]:
     """weightᵀ @ dy, added in place to what is given; summed over the networks where they share the input."""
     if shared:
-        weight, dy = weight.flatten(0, 1)[None], dy.flatten(0, 1)[None]
-    weight = weight.transpose(1, 2)
-    return torch.bmm(weight, dy) if to is None else to.baddbmm_(weight, dy)
+        weight, dy = weight.flatten(0, 1).T, dy.flatten(0, 1)
+        return torch.mm(weight, dy)[None] if to is None else to[0].addmm_(weight, dy)[None]
+    return torch.bmm(weight.mT, dy) if to is None else to.baddbmm_(weight.mT, dy)
 
 
 class Affine(Layer):
@@ -57,60 +64,68 @@ class Affine(Layer):
     def __init__(self, name: str, bias: bool) -> None:
         self.names = (f"{name}.weight", f"{name}.bias") if bias else (f"{name}.weight",)
 
-    def gather(self, x: Tensor) -> Float[Tensor, "init inner columns"]:
+    def matrix(self, weight: Tensor, x: Tensor) -> Float[Tensor, "init rows inner"]:
+        """The weights as a matrix, for the columns of x."""
+        return weight
+
+    def matrix_adjoint(self, matrix: Float[Tensor, "init rows inner"], weight: Tensor) -> Tensor:
+        return matrix
+
+    def gather(self, x: Tensor, weight: Tensor) -> Float[Tensor, "init inner columns"]:
         return x
 
-    def scatter(self, columns: Float[Tensor, "init inner columns"], like: Tensor) -> Tensor:
+    def scatter(self, columns: Float[Tensor, "init inner columns"], like: Tensor, weight: Tensor) -> Tensor:
         """The adjoint of `gather`."""
         return columns
 
-    def shaped(self, y: Float[Tensor, "init out columns"], x: Tensor) -> Tensor:
+    def shaped(self, y: Float[Tensor, "init rows columns"], x: Tensor, weight: Tensor) -> Tensor:
         return y
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        columns = self.gather(xs[0])
-        y = _product(w[0].flatten(2), columns)
-        if len(w) > 1:
-            y += w[1][..., None]
-        return self.shaped(y, xs[0]), [xs[0], columns]
+        x = xs[0]
+        columns = self.gather(x, w[0])
+        y = _product(self.matrix(w[0], x), columns)
+        return self._biased(self.shaped(y, x, w[0]), w), [x, columns]
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         x, columns = saved
-        if len(columns) > 1:
-            saved[1] = None  # patches that all networks share are few and kept; those of each are cut again
-        dy = dy.flatten(2)
-        dx = self.scatter(_input_adjoint(w[0].flatten(2), dy, len(x) == 1), x) if wanted else None
-        return [dx], self._weights(w, _weight_adjoint(dy, columns), dy)
+        matrix = self.matrix(w[0], x)
+        rows = dy.reshape(*matrix.shape[:2], -1)
+        dw = self._weights(w, _weight_adjoint(rows, columns), dy)
+        if not wanted:
+            return [None], dw
+        # Patches of the images are few and kept; those of later layers are cut again, and leave their memory to x̄'s.
+        saved[1] = columns = None
+        return [self.scatter(_input_adjoint(matrix, rows, len(x) == 1), x, w[0])], dw
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         x, columns = saved
-        columns = self.gather(x) if columns is None else columns
-        y = _product(tw[0].flatten(2), columns)
-        tcolumns = None if txs[0] is None else self.gather(txs[0])
+        columns = self.gather(x, w[0]) if columns is None else columns
+        tcolumns = None if txs[0] is None else self.gather(txs[0], w[0])
+        y = _product(self.matrix(tw[0], x), columns)
         if tcolumns is not None:
-            y.baddbmm_(w[0].flatten(2), tcolumns)
-        if len(w) > 1:
-            y += tw[1][..., None]
-        return self.shaped(y, x), (columns, tcolumns)
+            y.baddbmm_(self.matrix(w[0], x), tcolumns)
+        return self._biased(self.shaped(y, x, w[0]), tw), (columns, tcolumns)
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
     ) -> tuple[list[Tensor | None], Tensors]:
         (x, _), (columns, tcolumns) = saved, tsaved
-        dy, shared = dy.flatten(2), len(x) == 1
-        ex = _input_adjoint(tw[0].flatten(2), dy, shared)
-        if ey is None:
-            ew, ey = torch.zeros_like(tw[0]).flatten(2), torch.zeros_like(dy)
-        else:
-            ey = ey.flatten(2)
-            ex = _input_adjoint(w[0].flatten(2), ey, shared, to=ex)
-            ew = _weight_adjoint(ey, columns)
+        matrix, shared = self.matrix(w[0], x), len(x) == 1
+        ey = torch.zeros_like(dy) if ey is None else ey
+        rows, erows = (one.reshape(*matrix.shape[:2], -1) for one in (dy, ey))
+        ew = _weight_adjoint(erows, columns)
         if tcolumns is not None:
-            ew = _weight_adjoint(dy, tcolumns, to=ew)
-        return [self.scatter(ex, x)], self._weights(w, ew, ey)
+            ew = _weight_adjoint(rows, tcolumns, to=ew)
+        ex = _input_adjoint(self.matrix(tw[0], x), rows, shared)
+        ex = _input_adjoint(matrix, erows, shared, to=ex)
+        return [self.scatter(ex, x, w[0])], self._weights(w, ew, ey)
 
-    def _weights(self, w: Tensors, weight: Tensor, y: Tensor) -> Tensors:
-        return [weight.view_as(w[0]), y.sum(2)][: len(w)]
+    def _biased(self, y: Tensor, w: Tensors) -> Tensor:
+        return y.add_(w[1].reshape(*w[1].shape, *(1,) * (y.ndim - 2))) if len(w) > 1 else y
+
+    def _weights(self, w: Tensors, matrix: Tensor, dy: Tensor) -> Tensors:
+        return [self.matrix_adjoint(matrix.mT, w[0]), dy.flatten(2).sum(2)][: len(w)]
 
 
 class Linear(Affine):
@@ -119,6 +134,9 @@ class Linear(Affine):
 
 class Conv2d(Affine):
     """`nn.Conv2d`, as a matrix product over patches.
+
+    Where pooling follows, the phases are more columns of the product, or, if that leaves most of a processor's vector
+    unit empty, more rows: of wider patches, with zeros in the matrix.
 
     Args:
         pooling: of the layer that follows, whose windows become phases; (1, 1) for none.
@@ -132,37 +150,81 @@ class Conv2d(Affine):
             raise UnsupportedLayerError(f"{name}, a convolution that pads with {module.padding_mode}")
         self.kernel, self.stride, self.padding = map(pair, (module.kernel_size, module.stride, module.padding))
         self.pooling: Size = (1, 1)
+        self._spreads: Tensor | None = None
+
+    def _widened(self, x: Tensor, weight: Tensor) -> bool:
+        rows = weight.shape[1] * (len(weight) if len(x) == 1 else 1)
+        return x.device.type == "cpu" and self.pooling != (1, 1) and rows * math.prod(self.pooling) <= LANES
 
     def _out(self, height: int, width: int) -> list[int]:
         sides = zip((height, width), self.padding, self.kernel, self.stride, self.pooling, strict=True)
         return [((n + 2 * p - k) // s + 1) // q for n, p, k, s, q in sides]
 
-    def _patches(self, x: Float[Tensor, "init channel h w batch"], out: list[int]) -> tuple[list[int], list[int]]:
-        """Shape and strides of the view [init, channel, *kernel, *pooling, *out, batch] of x; entries share memory."""
-        by_init, by_channel, by_row, by_column, _ = x.stride()
-        (a, b), (p, q) = self.stride, self.pooling
-        shape = [*x.shape[:2], *self.kernel, p, q, *out, x.shape[4]]
-        strides = [by_init, by_channel, by_row, by_column, a * by_row, b * by_column]
-        return shape, [*strides, a * p * by_row, b * q * by_column, 1]
+    def _cut(self, x: Tensor, weight: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+        """Height and width of patches, and the phases that have patches of their own."""
+        return (self._window(), (1, 1)) if self._widened(x, weight) else (self.kernel, self.pooling)
 
-    def gather(self, x: Tensor) -> Tensor:
-        out = self._out(*x.shape[3:5])
+    def _window(self) -> list[int]:
+        """Height and width of what all phases of one output read."""
+        return [k + (q - 1) * s for k, s, q in zip(self.kernel, self.stride, self.pooling, strict=True)]
+
+    def _spread(self, like: Tensor) -> Float[Tensor, "kernel phase_window"]:
+        """Where the pixels of the kernel lie in the window of each phase: a matrix of zeros and ones."""
+        if self._spreads is None or self._spreads.dtype != like.dtype:
+            (k, l), (a, b), (p, q) = self.kernel, self.stride, self.pooling  # noqa: E741
+            spread = like.new_zeros(k, l, p, q, *self._window())
+            for i, j, r, c in itertools.product(range(k), range(l), range(p), range(q)):
+                spread[i, j, r, c, i + r * a, j + c * b] = 1
+            self._spreads = spread.view(k * l, -1)
+        return self._spreads
+
+    def matrix(self, weight: Tensor, x: Tensor) -> Tensor:
+        if not self._widened(x, weight):
+            return weight.flatten(2)
+        wide = (weight.flatten(3) @ self._spread(weight)).unflatten(3, (math.prod(self.pooling), -1))
+        return wide.transpose(2, 3).reshape(len(weight), weight.shape[1] * wide.shape[3], -1)
+
+    def matrix_adjoint(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        if matrix.shape[1] == weight.shape[1]:
+            return matrix.reshape(weight.shape)
+        wide = matrix.reshape(*weight.shape[:2], math.prod(self.pooling), weight.shape[2], -1).transpose(2, 3)
+        return (wide.flatten(3) @ self._spread(weight).T).view(weight.shape)
+
+    def gather(self, x: Tensor, weight: Tensor) -> Tensor:
+        (kernel, phases), out = self._cut(x, weight), self._out(*x.shape[3:5])
         x = _padded(_unphased(x), self.padding)
-        return x.as_strided(*self._patches(x, out)).reshape(*x.shape[:1], x.shape[1] * math.prod(self.kernel), -1)
+        *outer, by_row, by_column, by_image = x.stride()
+        (a, b), (p, q) = self.stride, self.pooling
+        shape = [*x.shape[:2], *kernel, *phases, *out, x.shape[4]]
+        strides = [*outer, by_row, by_column, a * by_row, b * by_column, a * p * by_row, b * q * by_column, by_image]
+        return x.as_strided(shape, strides).reshape(len(x), math.prod(shape[1:4]), -1)
 
-    def scatter(self, columns: Tensor, like: Tensor) -> Tensor:
-        (height, width, batch), (m, n) = like.shape[3:], self.padding
+    def scatter(self, columns: Tensor, like: Tensor, weight: Tensor) -> Tensor:
+        (height, width, batch), (m, n), (a, b), (p, q) = like.shape[3:], self.padding, self.stride, self.pooling
+        (k, l), phases = self._cut(like, weight)  # noqa: E741
+        rows, cols = self._out(height, width)
+        parts = columns.view(*like.shape[:2], k, l, *phases, rows, cols, batch)
+        # Rows first: whole rows of patches are longer runs of contiguous numbers.
+        by_row = columns.new_zeros(*like.shape[:2], l, phases[1], height + 2 * m, cols, batch)
+        for i, part in enumerate(parts.unbind(2)):
+            for r, phase in enumerate(part.unbind(3)):
+                _every(by_row, 4, i + a * r, a * p, rows).add_(phase)
         padded = columns.new_zeros(*like.shape[:2], height + 2 * m, width + 2 * n, batch)
-        shape, strides = self._patches(padded, self._out(height, width))
-        parts = columns.view(shape)
-        for i in range(self.kernel[0]):
-            for j in range(self.kernel[1]):
-                place = [*shape[:2], *shape[4:]], [*strides[:2], *strides[4:]], i * strides[2] + j * strides[3]
-                padded.as_strided(*place).add_(parts[:, :, i, j])
+        for j, part in enumerate(by_row.unbind(2)):
+            for c, phase in enumerate(part.unbind(2)):
+                _every(padded, 3, j + b * c, b * q, cols).add_(phase)
         return padded[:, :, None, m : m + height, n : n + width]
 
-    def shaped(self, y: Tensor, x: Tensor) -> Tensor:
-        return y.unflatten(2, (math.prod(self.pooling), *self._out(*x.shape[3:5]), x.shape[5]))
+    def shaped(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        out = self._out(*x.shape[3:5])
+        return y.view(*weight.shape[:2], math.prod(self.pooling), *out, x.shape[5])
+
+
+def _every(x: Tensor, dim: int, start: int, step: int, length: int) -> Tensor:
+    """x[..., start::step, ...], of a contiguous x; with less overhead than slicing."""
+    shape, strides = list(x.shape), list(x.stride())
+    offset, shape[dim], strides[dim] = start * strides[dim], length, step * strides[dim]
+    return x.as_strided(shape, strides, offset)
 
 
 def _unphased(x: Tensor) -> Float[Tensor, "init channel h w batch"]:
