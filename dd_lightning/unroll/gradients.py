@@ -168,13 +168,15 @@ class StackedGradient(LayeredGradient):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network, stacked)
-        # What pooling with adjoining windows alone reads is laid out by the pixels of the windows, the phases. Of the
-        # images alone, because the patches of later layers are not shared, and slow in this order.
+        # What pooling alone reads gets its bias there; with adjoining windows it is laid out by their pixels, the
+        # phases: of the images alone, because the patches of later layers are not shared, and slow in this order.
         readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
         for index, ((before, images), (layer, inputs)) in enumerate(itertools.pairwise(self._layers), 1):
-            alone = images == [0] and inputs == [index] and readers.count(index) == 1
-            if alone and isinstance(before, stacked.Conv2d) and isinstance(layer, stacked.MaxPool2d) and layer.tiles:
-                before.pooling, layer.phased = layer.kernel, True
+            alone = inputs == [index] and readers.count(index) == 1
+            if alone and isinstance(before, stacked.Conv2d) and isinstance(layer, stacked.MaxPool2d):
+                before.names, layer.names = before.names[:1], before.names[1:]
+                if images == [0] and layer.tiles:
+                    before.pooling, layer.phased = layer.kernel, True
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:

@@ -85,7 +85,7 @@ class Linear(Layer):
         return F.linear(xs[0], *w), xs[0]
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [dy @ w[0] if wanted else None], [dy.T @ saved, dy.sum(0)][: len(w)]
+        return [dy @ w[0] if wanted else None], [dy.t() @ saved, dy.sum(0)][: len(w)]
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         ty = F.linear(saved, *tw)
@@ -96,7 +96,7 @@ class Linear(Layer):
     ) -> tuple[list[Tensor | None], Tensors]:
         ex, ey = dy @ tw[0], torch.zeros_like(dy) if ey is None else ey
         ex.addmm_(ey, w[0])
-        ew = ey.T @ saved
+        ew = ey.t() @ saved
         if tsaved is not None:
             ew.addmm_(dy.T, tsaved)
         return [ex], [ew, ey.sum(0)][: len(w)]

@@ -7,7 +7,6 @@ networks. The phase axis is 1, but between the first convolution and the pooling
 pixels of each pooling window, so that pooling is the maximum of contiguous slabs.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +57,17 @@ def _input_adjoint(
     return torch.bmm(weight.mT, dy) if to is None else to.baddbmm_(weight.mT, dy)
 
 
+def _biased(y: Float[Tensor, "init feature ..."], bias: Tensors) -> Tensor:
+    """y + b in place, if there is a bias."""
+    for b in bias:
+        y.add_(b.reshape(*b.shape, *(1,) * (y.ndim - 2)))
+    return y
+
+
+def _bias_adjoint(bias: Tensors, dy: Float[Tensor, "init feature ..."]) -> Tensors:
+    return [dy.flatten(2).sum(2) for _ in bias]
+
+
 class Affine(Layer):
     """y = w x + b of vectors; a convolution is the same of patches."""
 
@@ -85,7 +95,7 @@ class Affine(Layer):
         x = xs[0]
         columns = self.gather(x, w[0])
         y = _product(self.matrix(w[0], x), columns)
-        return self._biased(self.shaped(y, x, w[0]), w), [x, columns]
+        return _biased(self.shaped(y, x, w[0]), w[1:]), [x, columns]
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         x, columns = saved
@@ -105,7 +115,7 @@ class Affine(Layer):
         y = _product(self.matrix(tw[0], x), columns)
         if tcolumns is not None:
             y.baddbmm_(self.matrix(w[0], x), tcolumns)
-        return self._biased(self.shaped(y, x, w[0]), tw), (columns, tcolumns)
+        return _biased(self.shaped(y, x, w[0]), tw[1:]), (columns, tcolumns)
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
@@ -121,11 +131,8 @@ class Affine(Layer):
         ex = _input_adjoint(matrix, erows, shared, to=ex)
         return [self.scatter(ex, x, w[0])], self._weights(w, ew, ey)
 
-    def _biased(self, y: Tensor, w: Tensors) -> Tensor:
-        return y.add_(w[1].reshape(*w[1].shape, *(1,) * (y.ndim - 2))) if len(w) > 1 else y
-
     def _weights(self, w: Tensors, matrix: Tensor, dy: Tensor) -> Tensors:
-        return [self.matrix_adjoint(matrix.mT, w[0]), dy.flatten(2).sum(2)][: len(w)]
+        return [self.matrix_adjoint(matrix.mT, w[0]), *_bias_adjoint(w[1:], dy)]
 
 
 class Linear(Affine):
@@ -150,7 +157,6 @@ class Conv2d(Affine):
             raise UnsupportedLayerError(f"{name}, a convolution that pads with {module.padding_mode}")
         self.kernel, self.stride, self.padding = map(pair, (module.kernel_size, module.stride, module.padding))
         self.pooling: Size = (1, 1)
-        self._spreads: Tensor | None = None
 
     def _widened(self, x: Tensor, weight: Tensor) -> bool:
         rows = weight.shape[1] * (len(weight) if len(x) == 1 else 1)
@@ -168,27 +174,31 @@ class Conv2d(Affine):
         """Height and width of what all phases of one output read."""
         return [k + (q - 1) * s for k, s, q in zip(self.kernel, self.stride, self.pooling, strict=True)]
 
-    def _spread(self, like: Tensor) -> Float[Tensor, "kernel phase_window"]:
-        """Where the pixels of the kernel lie in the window of each phase: a matrix of zeros and ones."""
-        if self._spreads is None or self._spreads.dtype != like.dtype:
-            (k, l), (a, b), (p, q) = self.kernel, self.stride, self.pooling  # noqa: E741
-            spread = like.new_zeros(k, l, p, q, *self._window())
-            for i, j, r, c in itertools.product(range(k), range(l), range(p), range(q)):
-                spread[i, j, r, c, i + r * a, j + c * b] = 1
-            self._spreads = spread.view(k * l, -1)
-        return self._spreads
-
     def matrix(self, weight: Tensor, x: Tensor) -> Tensor:
         if not self._widened(x, weight):
             return weight.flatten(2)
-        wide = (weight.flatten(3) @ self._spread(weight)).unflatten(3, (math.prod(self.pooling), -1))
-        return wide.transpose(2, 3).reshape(len(weight), weight.shape[1] * wide.shape[3], -1)
+        wide = weight.new_zeros(self._wide(weight))
+        self._kernels(wide).copy_(weight[:, :, None, None])
+        return wide.flatten(3).flatten(1, 2)
 
     def matrix_adjoint(self, matrix: Tensor, weight: Tensor) -> Tensor:
         if matrix.shape[1] == weight.shape[1]:
             return matrix.reshape(weight.shape)
-        wide = matrix.reshape(*weight.shape[:2], math.prod(self.pooling), weight.shape[2], -1).transpose(2, 3)
-        return (wide.flatten(3) @ self._spread(weight).T).view(weight.shape)
+        return self._kernels(matrix.reshape(self._wide(weight))).sum((2, 3))
+
+    def _wide(self, weight: Tensor) -> Sequence[int]:
+        """The shape of the matrix of widened patches: a row for each channel and phase."""
+        return [*weight.shape[:2], math.prod(self.pooling), weight.shape[2], *self._window()]
+
+    def _kernels(
+        self, wide: Float[Tensor, "init out phase channel h w"]
+    ) -> Float[Tensor, "init out phase_row phase_column channel kernel_h kernel_w"]:
+        """Where the kernel lies in the window of each phase."""
+        (a, b), (p, q) = self.stride, self.pooling
+        *outer, by_phase, by_channel, by_row, by_column = wide.stride()
+        shape = [*wide.shape[:2], p, q, wide.shape[3], *self.kernel]
+        phase = [q * by_phase + a * by_row, by_phase + b * by_column]
+        return wide.as_strided(shape, [*outer, *phase, by_channel, by_row, by_column], wide.storage_offset())
 
     def gather(self, x: Tensor, weight: Tensor) -> Tensor:
         (kernel, phases), out = self._cut(x, weight), self._out(*x.shape[3:5])
@@ -240,13 +250,18 @@ def _padded(x: Tensor, padding: Size, value: float = 0.0) -> Tensor:
 
 
 class MaxPool2d(Layer):
-    """`nn.MaxPool2d`; as in torch, the first of equal pixels gets the gradient."""
+    """`nn.MaxPool2d`; as in torch, the first of equal pixels gets the gradient.
+
+    Attributes:
+        phased: whether the convolution before has laid out the windows.
+        names: the bias of the convolution before, if it is left to this layer, which has fewer pixels to add it to.
+    """
 
     def __init__(self, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, indices: bool) -> None:
         if pair(dilation) != (1, 1) or ceil_mode or indices:
             raise UnsupportedLayerError("max pooling with dilation, ceil_mode or indices")
         self.kernel, self.stride, self.padding = pair(kernel), pair(stride or kernel), pair(padding)
-        self.phased = False  # whether the convolution before has laid out the windows
+        self.phased = False
 
     @property
     def tiles(self) -> bool:
@@ -263,32 +278,32 @@ class MaxPool2d(Layer):
             return x
         return torch.stack(self._windows(_padded(_unphased(x), self.padding, value)), dim=2)
 
-    def _scatter(self, phases: Tensor, shape: torch.Size) -> Tensor:
+    def _scatter(self, chosen: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         if self.phased:
-            return phases
+            return chosen * dy
         (m, n), (height, width, batch) = self.padding, shape[3:]
-        padded = phases.new_zeros(*shape[:2], height + 2 * m, width + 2 * n, batch)
-        for window, phase in zip(self._windows(padded), phases.unbind(2), strict=True):
-            window += phase
+        padded = dy.new_zeros(*shape[:2], height + 2 * m, width + 2 * n, batch)
+        for window, mask in zip(self._windows(padded), chosen.unbind(2), strict=True):
+            window.addcmul_(mask, dy[:, :, 0])
         return padded[:, :, None, m : m + height, n : n + width]
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
         y, chosen = largest(self._gather(xs[0], -torch.inf), dim=2)
-        return y[:, :, None], (chosen, xs[0].shape)
+        return _biased(y[:, :, None], w), (chosen, xs[0].shape)
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         chosen, shape = saved
-        return [self._scatter(chosen * dy, shape) if wanted else None], []
+        return [self._scatter(chosen, dy, shape) if wanted else None], _bias_adjoint(w, dy)
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         if txs[0] is None:
             return None, None
-        return (self._gather(txs[0], 0.0) * saved[0]).sum(2, keepdim=True), None
+        return _biased((self._gather(txs[0], 0.0) * saved[0]).sum(2, keepdim=True), tw), None
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
     ) -> tuple[list[Tensor | None], Tensors]:
-        return self.backward(w, saved, ey, ey is not None) if ey is not None else ([None], [])
+        return self.backward(w, saved, torch.zeros_like(dy) if ey is None else ey, True)
 
 
 def local_response_norm(module: nn.LocalResponseNorm) -> Layer:
