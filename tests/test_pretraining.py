@@ -172,6 +172,16 @@ def test_more_networks_are_added_to_those_that_are_there(straight, run):
     assert before.items() <= after.items()
 
 
+def test_networks_are_added_to_a_population_whose_card_does_not_name_the_precision(straight, run):
+    population = Population(straight)
+    del population.card["recipe"]["precision"]
+    population.write_card()
+    code, error, _ = run("pretrain", *TOY, "name=straight", "workers=1", "recipe.precision=bfloat16")
+    assert code == 1
+    assert "recipe.precision: float32 there, bfloat16 here" in error
+    assert run("pretrain", *TOY, "name=straight", "workers=1", "networks=6")[:2] == (0, "")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -117,7 +117,9 @@ def open_population(path: Path, card: dict[str, Any]) -> Population:
     """
     population = Population(path, card)
     if (path / "card.json").is_file():
-        there, here = _decisive(Population(path).card), _decisive(population.card)
+        # Cards written before there was a choice do not name it.
+        there = {"recipe.precision": "float32"} | _decisive(Population(path).card)
+        here = _decisive(population.card)
         differing = [
             f"{k}: {there.get(k)} there, {here.get(k)} here" for k in there | here if there.get(k) != here.get(k)
         ]
