@@ -9,9 +9,9 @@ from conftest import SmallNet
 
 from dd_lightning.data import Packed, RealData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import stack, unstack
+from dd_lightning.networks import AlexCifarNet, LeNet, stack, unstack
 from dd_lightning.population import HELD_OUT, TRAIN, Population
-from dd_lightning.pretraining import Recipe, check_batched, train_networks
+from dd_lightning.pretraining import Recipe, _gradient, _gradient_of_many, check_batched, train_networks
 from dd_lightning.seeding import Stream, derive_seed
 
 
@@ -54,6 +54,27 @@ def test_which_networks_are_trained_together_does_not_matter(data):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     part, _ = train_networks(SmallNet(1, 12), RandomInit(), data, RECIPE, range(3, 5))
     assert all(torch.equal(part[name], one[name][3:]) for name in part)
+
+
+@pytest.mark.parametrize(("network", "shape"), [(LeNet(), (1, 28, 28)), (AlexCifarNet(), (3, 32, 32))])
+def test_gradients_of_many_networks_at_once_are_those_of_each(network, shape):
+    weights = RandomInit(per_step=3).sample(network, 0)
+    images, labels = torch.randn(3, 4, *shape), torch.randint(0, 10, (3, 4))
+    found = _gradient_of_many(network, weights, images, labels)
+    for name, expected in _gradient(network, weights, images)(weights, images, labels).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_networks_are_trained_on_a_gpu_as_on_a_cpu(data, precision):
+    recipe = Recipe(1, 1e-3, 1, precision=precision)
+    expected, _ = train_networks(SmallNet(1, 12), RandomInit(), data, recipe, range(3))
+    data.to(torch.device("cuda"))
+    found, _ = train_networks(SmallNet(1, 12).cuda(), RandomInit(), data, recipe, range(3), at_once=3)
+    start = stack([RandomInit().draw(SmallNet(1, 12), Stream.PRETRAINING, index) for index in range(3)])
+    for name, value in expected.items():
+        assert (found[name].cpu() - value).norm() < 0.2 * (value - start[name]).norm()
 
 
 def test_gradients_in_bfloat16_train_nearly_the_same_weights(data):
