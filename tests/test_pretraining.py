@@ -193,9 +193,9 @@ def test_more_networks_are_added_to_those_that_are_there(straight, run):
     assert before.items() <= after.items()
 
 
-def test_networks_are_added_to_a_population_whose_card_does_not_name_the_precision(straight, run):
+def test_networks_are_added_to_a_population_whose_card_is_older_than_a_setting(straight, run):
     population = Population(straight)
-    del population.card["recipe"]["precision"]
+    del population.card["recipe"]["precision"], population.card["dataset"]["border"]
     population.write_card()
     code, error, _ = run("pretrain", *TOY, "name=straight", "workers=1", "recipe.precision=bfloat16")
     assert code == 1

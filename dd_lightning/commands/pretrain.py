@@ -26,6 +26,8 @@ from dd_lightning.workers import Job, train_shards
 
 log = logging.getLogger(__name__)
 
+UNNAMED = {"recipe.precision": "float32", "dataset.border": 0}  # by cards written before there was a choice
+
 
 def pretrain(cfg: DictConfig) -> None:
     """Trains the networks that the population's folder lacks, and completes its card."""
@@ -117,9 +119,7 @@ def open_population(path: Path, card: dict[str, Any]) -> Population:
     """
     population = Population(path, card)
     if (path / "card.json").is_file():
-        # Cards written before there was a choice do not name it.
-        there = {"recipe.precision": "float32"} | _decisive(Population(path).card)
-        here = _decisive(population.card)
+        there, here = UNNAMED | _decisive(Population(path).card), _decisive(population.card)
         differing = [
             f"{k}: {there.get(k)} there, {here.get(k)} here" for k in there | here if there.get(k) != here.get(k)
         ]
