@@ -203,6 +203,12 @@ def test_networks_are_added_to_a_population_whose_card_is_older_than_a_setting(s
     assert run("pretrain", *TOY, "name=straight", "workers=1", "networks=6")[:2] == (0, "")
 
 
+def test_a_data_set_need_not_name_every_setting(data, run):
+    for networks in (4, 5):
+        given = (*TOY, "~dataset.border", "workers=1", f"networks={networks}")
+        assert run("pretrain", *given)[:2] == (0, "")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

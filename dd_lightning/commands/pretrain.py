@@ -26,7 +26,7 @@ from dd_lightning.workers import Job, train_shards
 
 log = logging.getLogger(__name__)
 
-UNNAMED = {"recipe.precision": "float32", "dataset.border": 0}  # by cards written before there was a choice
+UNNAMED = {"recipe.precision": "float32", "dataset.border": 0}  # what a card or a data set that does not name them has
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -119,7 +119,7 @@ def open_population(path: Path, card: dict[str, Any]) -> Population:
     """
     population = Population(path, card)
     if (path / "card.json").is_file():
-        there, here = UNNAMED | _decisive(Population(path).card), _decisive(population.card)
+        there, here = (UNNAMED | _decisive(card) for card in (Population(path).card, population.card))
         differing = [
             f"{k}: {there.get(k)} there, {here.get(k)} here" for k in there | here if there.get(k) != here.get(k)
         ]
