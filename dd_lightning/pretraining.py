@@ -85,7 +85,7 @@ def train(
                 gradients[name].copy_(found)
             optimizer.step()
         on_epoch()
-    return {name: value.clone() for name, value in named(flat).items()}
+    return named(flat)
 
 
 def _flat(weights: Weights) -> tuple[Float[Tensor, "init flat"], Callable[[Tensor], Weights]]:
@@ -165,7 +165,7 @@ def train_networks(
         network: the template, on the device of `data`.
         init: the distribution of the initial weights.
         indices: of the networks in their population.
-        at_once: networks trained in one operation.
+        at_once: networks trained together.
         on_epoch: told how much was trained, in networks.
 
     Returns:
