@@ -17,9 +17,10 @@ test: install ## run the tests (a few minutes)
 test-all: install ## run the tests, slow ones too
 	$(BIN)/pytest -n auto -m ""
 
-lint: install ## check style and formatting
+lint: install ## check style, formatting and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: install ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dd_lightning.atomic import write_bytes
-from dd_lightning.checks import check_count, check_positive
 from dd_lightning.networks import training_without_dropout
-from dd_lightning.unroll.optimizers import inner_optimizer
+from dd_lightning.system.atomic import write_bytes
+from dd_lightning.system.checks import check_count, check_positive
+from dd_lightning.unroll import inner_optimizer
 
 FORMAT = "dd_lightning.distilled/1"
 INITIAL = "initial_weights/"  # prefix of the tensors of θ₀ in the file

@@ -11,15 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dd_lightning.capture import OuterStep
-from dd_lightning.data.datamodule import Batch
+from dd_lightning.data import Batch
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import Init
 from dd_lightning.networks import Weights
 from dd_lightning.objectives import Objective
 from dd_lightning.outer import OuterLoss
-from dd_lightning.processes import check_same
-from dd_lightning.unroll import Unroll
+from dd_lightning.unroll import OuterStep, Unroll
 
 
 class DatasetDistiller(pl.LightningModule):
@@ -67,7 +65,7 @@ class DatasetDistiller(pl.LightningModule):
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
         self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
-        self._config = config or {}
+        self.config = config or {}
 
     @property
     def network(self) -> nn.Module:
@@ -120,17 +118,16 @@ class DatasetDistiller(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.network.to(self.device)
-        check_same(self.trainer, self._config)
         if isinstance(self.trainer.model, DistributedDataParallel):
             self.trainer.model.require_backward_grad_sync = False  # `backward` does it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dd_config"] = self._config
+        checkpoint["dd_config"] = self.config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("dd_config", {})
-        differing = sorted(k for k in saved.keys() | self._config.keys() if saved.get(k) != self._config.get(k))
+        differing = sorted(k for k in saved.keys() | self.config.keys() if saved.get(k) != self.config.get(k))
         if differing:
-            listed = ", ".join(f"{k} ({saved.get(k)} there, {self._config.get(k)} here)" for k in differing[:5])
+            listed = ", ".join(f"{k} ({saved.get(k)} there, {self.config.get(k)} here)" for k in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise ValueError(f"the checkpoint is of another config: {listed}{more}")

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Confusion = Int[Tensor, "*networks true predicted"]  # pictures of each true class that are predicted as each class
+from dd_lightning.networks import Confusion, accuracy, percent
+
 Measures = dict[str, Float[Tensor, "*networks"]]  # in %
 
 
@@ -40,7 +41,7 @@ class Classification(Objective):
         return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
 
     def measures(self, confusion: Confusion) -> Measures:
-        return {"accuracy": _accuracy(confusion)}
+        return {"accuracy": accuracy(confusion)}
 
 
 class Poisoning(Classification):
@@ -83,18 +84,10 @@ class Poisoning(Classification):
         modified = confusion.clone()
         modified[..., self.target_class, :] += attacked
         modified[..., self.attack_class, :] = 0
-        of_class = _percent(confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1))
+        of_class = percent(confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1))
         return {
-            "accuracy_modified_labels": _accuracy(modified),
-            "accuracy_true_labels": _accuracy(confusion),
-            "attack_share": _percent(attacked[..., self.target_class], attacked.sum(-1)),
+            "accuracy_modified_labels": accuracy(modified),
+            "accuracy_true_labels": accuracy(confusion),
+            "attack_share": percent(attacked[..., self.target_class], attacked.sum(-1)),
             **{f"accuracy_class_{c}": of_class[..., c] for c in range(of_class.shape[-1])},
         }
-
-
-def _accuracy(confusion: Confusion) -> Float[Tensor, "*networks"]:
-    return _percent(confusion.diagonal(dim1=-2, dim2=-1).sum(-1), confusion.sum((-2, -1)))
-
-
-def _percent(part: Int[Tensor, "*networks"], whole: Int[Tensor, "*networks"]) -> Float[Tensor, "*networks"]:
-    return 100 * part.double() / whole.clamp_min(1)

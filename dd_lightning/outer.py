@@ -9,12 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dd_lightning.checks import check_choice
-from dd_lightning.networks import Weights, count, evaluating, memory_format, split, stack, unstack
-from dd_lightning.stem import Stem, stem_of
+from dd_lightning.networks import Stem, Weights, count, evaluating, memory_format, split, stack, stem_of, unstack
+from dd_lightning.system.checks import check_choice
+from dd_lightning.system.processor import PRECISIONS
 
 LossesAndGradient = tuple[list[Tensor], Weights]
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class OuterLoss:

@@ -1,5 +1,6 @@
 """Shared pieces: a small packed data set, small networks, and commands run as a user runs them."""
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dd_lightning.networks import stack
-from dd_lightning.population import Population, class_name
+from dd_lightning.init.population import Population
+from dd_lightning.networks import class_name, stack
 
 torch.set_num_threads(1)
 
@@ -80,6 +81,15 @@ def write_population(path, network, image_shape, classes, networks=3, held_out=2
             chunk = stack([make(index + (100 if part == "held_out" else 0)) for index in indices])
             population.write(part, start, chunk, torch.tensor(list(map(float, indices)), dtype=torch.float64))
     return population
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """What a command logs to lies in a folder that goes with its test."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture

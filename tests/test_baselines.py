@@ -7,26 +7,17 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from torch import nn
 
-from dd_lightning.baselines import (
-    Evaluation,
-    Grid,
-    KNearestNeighbours,
-    Learner,
-    Sets,
-    Training,
-    average_real,
-    kmeans,
-    random_real,
-)
-from dd_lightning.baselines.adaptation import Domains, FewShotAdaptation, NoAdaptation, adapt
-from dd_lightning.baselines.grid import best, share
-from dd_lightning.baselines.learning_rates import learn_rates
 from dd_lightning.data import Packed, RealData
 from dd_lightning.distilled import DistilledData
+from dd_lightning.evaluation import Evaluation, Grid, KNearestNeighbours, Learner, Training
+from dd_lightning.evaluation.adaptation import Domains, FewShotAdaptation, NoAdaptation, adapt
+from dd_lightning.evaluation.grid import best, share
+from dd_lightning.evaluation.learning_rates import learn_rates
 from dd_lightning.init import RandomInit
 from dd_lightning.objectives import Classification, Poisoning
-from dd_lightning.parallel import Workers
-from dd_lightning.seeding import Stream
+from dd_lightning.sources import Sets, average_real, kmeans, random_real
+from dd_lightning.system.seeding import Stream
+from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import FunctionalUnroll
 
 

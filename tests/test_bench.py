@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from dd_lightning.commands.bench import Engine, OuterStep, peak_memory
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
+from dd_lightning.training.cost import BareStep, Engine, peak_memory
 from dd_lightning.unroll import AdjointUnroll
 
 
@@ -56,7 +56,7 @@ def test_peak_memory_sees_what_is_freed_again():
 
 def test_memory_of_recompute_hardly_grows_with_the_steps():
     def peak(steps, **options):
-        step = OuterStep("lenet", 1, steps, 64, torch.device("cpu"))
+        step = BareStep("lenet", 1, steps, 64, torch.device("cpu"))
         engine = Engine(AdjointUnroll(**options), OuterLoss(Classification()))
         step.run(engine)
         return peak_memory(step.device, lambda: step.run(engine))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from dd_lightning import AlexCifarNet, DistilledData, LeNet
 from dd_lightning.commands.launch import CONF
 from dd_lightning.init import RandomInit
-from dd_lightning.seeding import Stream
+from dd_lightning.system.seeding import Stream
 
 POPULATIONS = (
     ("mnist_lenet", LeNet(1, 28), (1, 28)),
@@ -269,8 +270,8 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path):
 @pytest.mark.parametrize("last_is_best", [True, False])
 def test_the_best_of_all_evaluations_is_kept(run, monkeypatch, last_is_best):
     """Also where the last evaluation does not fall on a checkpoint."""
-    from dd_lightning.callbacks import HeldOutEvaluation
-    from dd_lightning.heldout import HeldOutResult
+    from dd_lightning.evaluation.heldout import HeldOutResult
+    from dd_lightning.training.callbacks import HeldOutEvaluation
 
     scores = iter([50.0, 40.0, 60.0 if last_is_best else 30.0, 99.0])
     monkeypatch.setattr(
@@ -308,3 +309,21 @@ def test_a_setting_that_an_option_does_not_take_names_how_to_leave_it_out(run):
     assert code == 1
     assert error.startswith("dd-distill: error: distilled: ")
     assert "'std'; leave it out with ~distilled.std" in error
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("callbacks.HeldOutEvaluation", "training.HeldOutEvaluation"),
+        ("baselines.Grid", "evaluation.Grid"),
+        ("baselines.kmeans", "sources.kmeans"),
+        ("pretraining.Recipe", "init.Recipe"),
+    ],
+)
+def test_a_setting_of_an_older_layout_says_so(run, old, now):
+    code, error, _ = run("distill", *SHORT, f"callbacks.held_out._target_=dd_lightning.{old}")
+    assert code == 1
+    assert error.count("\n") <= 1
+    assert f"dd_lightning.{old} is of an older layout; it is dd_lightning.{now} now" in error
+    room, _, name = now.partition(".")
+    assert hasattr(import_module(f"dd_lightning.{room}"), name)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from dd_lightning.callbacks import HeldOutEvaluation, LastGood, NonFiniteLossError
 from dd_lightning.data import Packed, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
@@ -17,6 +16,7 @@ from dd_lightning.init import FixedInit, RandomInit
 from dd_lightning.networks import predict
 from dd_lightning.objectives import Classification
 from dd_lightning.sources import noise, real
+from dd_lightning.training.callbacks import HeldOutEvaluation, LastGood, NonFiniteLossError
 from dd_lightning.unroll import FunctionalUnroll, HigherUnroll
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dd_lightning import DistilledData
 from dd_lightning.data import Preprocessing
-from dd_lightning.picture import figure
+from dd_lightning.report.picture import figure
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom", "batch_size=16")
 TOY += ("network._target_=conftest.SmallNet", "unroll=functional", "trainer.max_steps=6", "callbacks.resume.every=2")

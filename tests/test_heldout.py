@@ -5,12 +5,11 @@ import torch
 from conftest import SmallNet
 from scipy import stats
 
-from dd_lightning.data import Preprocessing
-from dd_lightning.data.datasets import Pictures
+from dd_lightning.data import Pictures, Preprocessing
 from dd_lightning.distilled import DistilledData
-from dd_lightning.heldout import HeldOutResult, evaluate_held_out
+from dd_lightning.evaluation.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.init import RandomInit
-from dd_lightning.seeding import Stream
+from dd_lightning.system.seeding import Stream
 from dd_lightning.unroll import FunctionalUnroll, Momentum
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dd_lightning.init import FixedInit, RandomInit
 from dd_lightning.networks import LeNet, unstack
-from dd_lightning.seeding import Stream
+from dd_lightning.system.seeding import Stream
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,16 @@ import torch
 from conftest import BatchNormNet, SmallNet
 from torch import nn
 
-from dd_lightning.networks import AlexCifarNet, LeNet, LocalResponseNorm, MaxPool2d, check_network, predict, stack
+from dd_lightning.networks import (
+    AlexCifarNet,
+    LeNet,
+    LocalResponseNorm,
+    MaxPool2d,
+    check_network,
+    class_name,
+    predict,
+    stack,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +80,8 @@ def test_max_pooling_is_that_of_torch(size):
     assert torch.equal(MaxPool2d(size)(x), expected)
     with torch.no_grad():
         assert torch.equal(MaxPool2d(size)(x), expected)
+
+
+def test_a_network_of_ours_is_named_by_its_package():
+    assert class_name(LeNet()) == "dd_lightning.networks.LeNet"
+    assert class_name(nn.Linear(1, 1)) == "torch.nn.modules.linear.Linear"

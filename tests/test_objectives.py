@@ -4,11 +4,9 @@ import pytest
 import torch
 from conftest import SmallNet
 
-from dd_lightning.data import Preprocessing
-from dd_lightning.data.datasets import Pictures
-from dd_lightning.heldout import confusion
+from dd_lightning.data import Pictures, Preprocessing
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import predict
+from dd_lightning.networks import confusion, predict
 from dd_lightning.objectives import Classification, Poisoning
 
 
@@ -28,7 +26,7 @@ def test_confusion_counts_every_picture():
     weights = init.sample(network, 0)
     pictures = Pictures(torch.randint(0, 256, (50, 1, 6, 6), dtype=torch.uint8), torch.arange(50) % 3)
     preprocessing = Preprocessing(1, 6, [0.4], [0.3])
-    counts = confusion(network, weights, pictures, preprocessing, batch_size=7)
+    counts = confusion(network, weights, pictures.images, pictures.labels, preprocessing, batch_size=7)
     predicted = predict(network, weights, preprocessing(pictures.images)).argmax(2)
     for j, true, found in ((j, t, p) for j in range(3) for t in range(3) for p in range(3)):
         assert counts[j, true, found] == ((pictures.labels == true) & (predicted[j] == found)).sum()

@@ -8,13 +8,12 @@ import torch
 from conftest import SmallNet
 from torch import nn
 
-from dd_lightning.capture import OuterStep
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import LeNet, evaluating, forward_each
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
-from dd_lightning.unroll import AdjointUnroll
+from dd_lightning.unroll import AdjointUnroll, OuterStep
 
 
 class ViewingNet(nn.Module):
@@ -102,7 +101,7 @@ def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
     class OnGpu:
         type = "cuda"
 
-    monkeypatch.setattr("dd_lightning.capture._Graph", refuse)
+    monkeypatch.setattr("dd_lightning.unroll.capture._Graph", refuse)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     step, theta_0, batch, parameters = outer_step()
     expected = step.gradients((theta_0, *batch), parameters)

@@ -8,9 +8,9 @@ from conftest import SmallNet, write_population
 from safetensors.torch import save_file
 
 from dd_lightning.init import FixedPretrainedInit, RandomPretrainedInit
+from dd_lightning.init.population import HELD_OUT, TRAIN, Population, TrainedNetworks
 from dd_lightning.networks import LeNet, unstack
-from dd_lightning.population import HELD_OUT, TRAIN, Population, TrainedNetworks
-from dd_lightning.seeding import Stream
+from dd_lightning.system.seeding import Stream
 
 
 @pytest.fixture

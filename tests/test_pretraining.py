@@ -9,10 +9,10 @@ from conftest import SmallNet
 
 from dd_lightning.data import Packed, RealData
 from dd_lightning.init import RandomInit
+from dd_lightning.init.population import HELD_OUT, TRAIN, Population
+from dd_lightning.init.pretraining import Recipe, _gradient, _gradient_of_many, check_batched, train_networks
 from dd_lightning.networks import AlexCifarNet, LeNet, stack, unstack
-from dd_lightning.population import HELD_OUT, TRAIN, Population
-from dd_lightning.pretraining import Recipe, _gradient, _gradient_of_many, check_batched, train_networks
-from dd_lightning.seeding import Stream, derive_seed
+from dd_lightning.system.seeding import Stream, derive_seed
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_running_out_of_memory_names_what_takes_less(data, run, monkeypatch):
     def full(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("dd_lightning.workers.train_networks", full)
+    monkeypatch.setattr("dd_lightning.init.shards.train_networks", full)
     code, error, _ = run("pretrain", *TOY, "workers=1")
     assert code == 1
     assert "what is finished is kept; a smaller at_once, workers or batch_size takes less" in error

@@ -15,7 +15,7 @@ import torch
 
 from dd_lightning import DistilledData, LeNet
 from dd_lightning.init import RandomInit
-from dd_lightning.processes import check_same, check_strategy
+from dd_lightning.training.processes import SameSettings, check_strategy
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "dataset.crop_padding=2", "network=custom")
 TOY += ("network._target_=conftest.SmallNet", "unroll=functional", "init=random", "init.per_step=5", "batch_size=16")
@@ -193,9 +193,9 @@ def test_processes_that_compute_something_else_are_refused(monkeypatch):
         "torch.distributed.all_gather_object", lambda all_of_them, mine: all_of_them.__setitem__(1, mine)
     )
     trainer = SimpleNamespace(world_size=2, strategy=strategy)
-    check_same(trainer, {"seed": 0, "dataset.content": "b"})
+    SameSettings({"seed": 0, "dataset.content": "b"}).on_fit_start(trainer, None)
     with pytest.raises(ValueError, match=r"process 1 computes from another dataset\.content than process 0"):
-        check_same(trainer, {"seed": 0, "dataset.content": "a"})
+        SameSettings({"seed": 0, "dataset.content": "a"}).on_fit_start(trainer, None)
 
 
 def test_strategies_known_to_work():

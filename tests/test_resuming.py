@@ -15,8 +15,8 @@ import torch
 
 from dd_lightning import DistilledData
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.locking import locked
-from dd_lightning.resuming import load_checkpoint, newest_checkpoint
+from dd_lightning.system.locking import locked
+from dd_lightning.training.resuming import load_checkpoint, newest_checkpoint
 
 # Random initial weights, augmentation and a schedule; checkpoints that fall neither on evaluations nor on epochs.
 RUN = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "dataset.crop_padding=2", "dataset.flip=true")
@@ -104,9 +104,8 @@ def killed():
 
 @pytest.mark.parametrize("where", ["step", "evaluation", "saving", "saved", "test", "result"])
 def test_wherever_a_run_ends_the_same_command_goes_on(run, monkeypatch, straight, where):
-    from dd_lightning.callbacks import HeldOutEvaluation
-    from dd_lightning.commands import distill
-    from dd_lightning.resuming import ResumeCheckpoint
+    from dd_lightning.training.callbacks import HeldOutEvaluation
+    from dd_lightning.training.resuming import ResumeCheckpoint
 
     save, evaluate, replace = ResumeCheckpoint._save, HeldOutEvaluation._evaluate, Path.replace
     with monkeypatch.context() as patch:
@@ -121,7 +120,7 @@ def test_wherever_a_run_ends_the_same_command_goes_on(run, monkeypatch, straight
         elif where == "test":
             patch.setattr(HeldOutEvaluation, "test", lambda *a: killed())
         else:
-            patch.setattr(distill, "write_json", lambda *a: killed())
+            patch.setattr("dd_lightning.training.finishing.write_json", lambda *a: killed())
         with pytest.raises(Killed):
             run("distill", *RUN)
     folder = max(Path("runs/distill").iterdir())

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 
 from dd_lightning import DistilledData
 from dd_lightning.data.packed import load_packed
-from dd_lightning.resuming import load_checkpoint
+from dd_lightning.training.resuming import load_checkpoint
 
 
 class Bomb:

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, forward_each, predict, unstack
-from dd_lightning.stem import stem_of
+from dd_lightning.networks import AlexCifarNet, LeNet, forward_each, predict, stem_of, unstack
 
 
 class Net(nn.Module):

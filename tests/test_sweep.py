@@ -129,7 +129,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path):
     before = len(list(kept[0].parent.glob("networks*.npz")))
     assert before < 10
     assert not list(tmp_path.rglob("result.json"))
-    code = "import sys; from dd_lightning.baselines import evaluation as e\n"
+    code = "import sys; from dd_lightning.evaluation import evaluator as e\n"
     code += "done, work = [], e.judge_sets\n"
     code += "def counted(*a):\n    done.append(1)\n    return work(*a)\n"
     code += "e.judge_sets = counted\n"

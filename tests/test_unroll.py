@@ -11,7 +11,8 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
 from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum, stacked
-from dd_lightning.unroll.gradients import AutogradGradient, StackedGradient
+from dd_lightning.unroll.gradients import AutogradGradient
+from dd_lightning.unroll.layered import StackedGradient
 
 ENGINES = [
     HigherUnroll,

@@ -1,27 +1,33 @@
 """From a composed configuration to objects, and from objects to the card that describes them."""
 
 import platform
-import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
-from dd_lightning.baselines import Sets
-from dd_lightning.commands.launch import named
+from dd_lightning.commands.errors import named
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.init import Init
+from dd_lightning.distiller import DatasetDistiller
+from dd_lightning.init import Init, OneNetwork
 from dd_lightning.networks import check_network
 from dd_lightning.objectives import Objective
+from dd_lightning.sources import Sets
+from dd_lightning.training.loggers import make_logger
+from dd_lightning.unroll import InnerOptimizer
 
 # What distilled data are made for, and what an evaluation takes over from their card.
 CARD_GROUPS = ("dataset", "network", "init", "objective", "inner")
+
+# A run may go on from a checkpoint only if these agree: they decide what is computed.
+COMPUTED_FROM = ("dataset", "network", "init", "objective", "inner", "distilled", "optimizer", "schedule")
 
 
 def build_data(cfg: DictConfig) -> RealData:
@@ -71,6 +77,44 @@ def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:
     return sets.members[0]
 
 
+def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
+    """Algorithm 1, with its parts checked against each other."""
+    objective = build_objective(cfg, data)
+    init = instantiate(cfg.init)
+    network = build_network(cfg, data, init)
+    distilled = build_distilled(cfg, data)
+    unroll = instantiate(cfg.unroll)
+    with named("unroll"):
+        if not isinstance(unroll.optimizer, InnerOptimizer):
+            raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
+        unroll.check(network, init.sample(network, step=0), distilled.images[0])
+    weights = init.weights(network) if isinstance(init, OneNetwork) else None
+    return DatasetDistiller(
+        replace(distilled, card=make_card(cfg, data), initial_weights=weights),
+        network,
+        init,
+        unroll,
+        objective,
+        instantiate(cfg.optimizer),
+        instantiate(cfg.schedule),
+        cfg.rate_scale,
+        computed_from(cfg, data),
+        cfg.precision,
+        cfg.chunk,
+        cfg.capture,
+    )
+
+
+def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
+    """The configured loggers, which go on after outer step `step`."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    loggers = []
+    for name, settings_of in (cfg.logger or {}).items():
+        with named(f"logger.{name}"):
+            loggers.append(make_logger(instantiate(settings_of, _partial_=True), config, folder, step))
+    return loggers
+
+
 def settings(cfg: DictConfig, group: str) -> dict[str, Any]:
     """A group's resolved settings, without Hydra's own keys."""
     resolved: Any = OmegaConf.to_container(cfg[group], resolve=True)
@@ -93,15 +137,19 @@ def make_card(cfg: DictConfig, data: RealData) -> dict[str, Any]:
     }
 
 
+def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat, and the real data."""
+    flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
+    flat["precision"] = cfg.precision
+    for group in COMPUTED_FROM:
+        if cfg[group] is not None:
+            flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
+            flat[f"{group}._target_"] = cfg[group].get("_target_")
+    for place in ("dataset.data_dir", "init.populations_dir"):
+        flat.pop(place, None)
+    return flat | {"dataset.content": data.content}
+
+
 def versions() -> dict[str, str]:
     packages = ("dd_lightning", "torch", "torchvision", "pytorch-lightning", "higher")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def hardware() -> str:
-    """The device that did the work."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return f"{models[0] if models else platform.machine()} CPU, {torch.get_num_threads()} thread(s)"

@@ -15,24 +15,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dd_lightning.atomic import write_json
-from dd_lightning.baselines import Evaluation, Learner
-from dd_lightning.checks import check_choice, check_count
 from dd_lightning.commands.build import (
     CARD_GROUPS,
     build_data,
     build_network,
     build_objective,
     build_sets,
-    hardware,
     versions,
 )
 from dd_lightning.commands.launch import command
+from dd_lightning.commands.resolvers import task_overrides
 from dd_lightning.distilled import DistilledData
+from dd_lightning.evaluation import Evaluation, Learner, Outcome
 from dd_lightning.init import FixedInit
-from dd_lightning.parallel import Workers
-from dd_lightning.picture import draw
-from dd_lightning.resolvers import task_overrides
+from dd_lightning.report.picture import draw
+from dd_lightning.sources import Sets
+from dd_lightning.system.atomic import write_json
+from dd_lightning.system.checks import check_choice, check_count
+from dd_lightning.system.processor import hardware
+from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import AdjointUnroll
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,26 @@ def evaluate(cfg: DictConfig) -> float:
     if cfg.distilled.get("path"):
         cfg = with_card(cfg, DistilledData.load(cfg.distilled.path).card)
     use = instantiate(cfg.use)
-    device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
     pieces = folder / "pieces" / digest(cfg)
-    workers = Workers(cfg.processes if device.type == "cpu" else 1, pieces)
+    with Workers(cfg.processes if device_of(cfg).type == "cpu" else 1, pieces) as workers:
+        evaluation, sets = build_evaluation(cfg, workers)
+        outcome = use(evaluation, sets)
+    if outcome.sets:
+        title = f"{cfg.split} accuracy: {outcome.result}"
+        draw(outcome.sets[0], evaluation.data.preprocessing, title, folder / "distilled.png")
+    write_result(cfg, outcome, time.monotonic() - started, folder)
+    shutil.rmtree(pieces.parent, ignore_errors=True)
+    tell(cfg.split, outcome)
+    return outcome.result.mean
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    return torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_evaluation(cfg: DictConfig, workers: Workers) -> tuple[Evaluation, Sets]:
+    """The networks and pictures of an evaluation, and what it evaluates."""
+    device = device_of(cfg)
     data = build_data(cfg)
     objective = build_objective(cfg, data)
     sets = build_sets(cfg, data, objective)
@@ -68,39 +86,39 @@ def evaluate(cfg: DictConfig) -> float:
     data.to(device)
     network.to(device)
     learner = Learner(network, init, AdjointUnroll(instantiate(cfg.inner), batched=None), data.preprocessing, objective)
-    evaluation = Evaluation(learner, data, workers, cfg.networks, cfg.split, cfg.per_step)
-    outcome = use(evaluation, sets)
-    result = outcome.result
-    if outcome.sets:
-        draw(outcome.sets[0], data.preprocessing, f"{cfg.split} accuracy: {result}", folder / "distilled.png")
+    return Evaluation(learner, data, workers, cfg.networks, cfg.split, cfg.per_step), sets
+
+
+def write_result(cfg: DictConfig, outcome: Outcome, seconds: float, folder: Path) -> None:
     choices = HydraConfig.get().runtime.choices
-    write_json(
-        folder / "result.json",
-        {
-            "name": cfg.name,
-            "row": choices.get("row"),
-            "column": choices.get("column"),
-            "split": cfg.split,
-            cfg.split: result.as_dict(),
-            "use": {"choice": choices.get("use"), **outcome.details},
-            "seconds": time.monotonic() - started,
-            "hardware": hardware(),
-            "versions": versions(),
-            "card": outcome.sets[0].card if outcome.sets else {},
-        },
-    )
-    shutil.rmtree(pieces.parent, ignore_errors=True)
+    content = {
+        "name": cfg.name,
+        "row": choices.get("row"),
+        "column": choices.get("column"),
+        "split": cfg.split,
+        cfg.split: outcome.result.as_dict(),
+        "use": {"choice": choices.get("use"), **outcome.details},
+        "seconds": seconds,
+        "hardware": hardware(),
+        "versions": versions(),
+        "card": outcome.sets[0].card if outcome.sets else {},
+    }
+    write_json(folder / "result.json", content)
+
+
+def tell(split: str, outcome: Outcome) -> None:
+    """Says what came out."""
+    result = outcome.result
     low, high = result.interval
     count = len(result.accuracies)
     if "chosen" in outcome.details:
         chosen = ", ".join(f"{k} {v}" for k, v in outcome.details["chosen"].items() if k not in ("validation", "test"))
         log.info(f"chosen: {chosen}; choosing on the test set would have brought {outcome.details['gap']:+.2f}")
-    log.info(f"{cfg.split} accuracy over {count} value(s): {result} (95 % interval {low:.2f} to {high:.2f})")
+    log.info(f"{split} accuracy over {count} value(s): {result} (95 % interval {low:.2f} to {high:.2f})")
     for line in result.lines():
         log.info(f"  {line}")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):
         log.info(f"  after {step} GD steps: {value:.2f} %")
-    return result.mean
 
 
 def digest(cfg: DictConfig) -> str:

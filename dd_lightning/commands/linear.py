@@ -14,10 +14,10 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
-from dd_lightning.atomic import atomic_path, write_json
-from dd_lightning.checks import check_count
 from dd_lightning.commands.launch import command
 from dd_lightning.linear import LinearData, Reached, closed_step, exact, random_data, reach, unrolled_step
+from dd_lightning.system.atomic import atomic_path, write_json
+from dd_lightning.system.checks import check_count
 
 log = logging.getLogger(__name__)
 

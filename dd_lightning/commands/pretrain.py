@@ -14,15 +14,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from dd_lightning.callbacks import is_out_of_memory, progress_of_networks
-from dd_lightning.checks import check_count
-from dd_lightning.commands.build import build_data, build_network, hardware, settings, versions
+from dd_lightning.commands.build import build_data, build_network, settings, versions
 from dd_lightning.commands.launch import command
 from dd_lightning.data import RealData
-from dd_lightning.init import RandomInit
-from dd_lightning.population import HELD_OUT, PARTS, TRAIN, Population, class_name
-from dd_lightning.pretraining import Recipe, check_batched
-from dd_lightning.workers import Job, train_shards
+from dd_lightning.init import HELD_OUT, PARTS, TRAIN, Job, Population, RandomInit, Recipe, check_batched, train_shard
+from dd_lightning.networks import class_name
+from dd_lightning.system.checks import check_count
+from dd_lightning.system.processor import hardware, is_out_of_memory
+from dd_lightning.system.progress import progress_of
+from dd_lightning.system.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def pretrain(cfg: DictConfig) -> None:
     size = cfg.shard or max(4, job.at_once)
     shards = [shard for part in PARTS for shard in split(part, job.population.missing(part), size)]
     missing = sum(len(indices) for _, indices in shards)
-    train_missing(job, shards, missing, min(workers, len(shards)))
+    train_missing(job, shards, missing, workers)
     if missing:
         rate = 60 * missing / (time.monotonic() - started)
         log.info(f"{missing} networks trained, {rate:.2f} a minute")
@@ -74,10 +74,11 @@ def train_missing(job: Job, shards: list[tuple[str, range]], missing: int, worke
     total = sum(job.population.count(part) for part in PARTS)
     if missing < total:
         log.info(f"{total - missing} of {total} networks are there")
+    pieces = {f"{part} {indices.start} to {indices.stop - 1}": (job, part, indices) for part, indices in shards}
     try:
-        with progress_of_networks("training", total, total - missing) as advance:
-            for part, indices, accuracies in train_shards(job, shards, workers, advance):
-                log.info(f"{part} {indices.start} to {indices.stop - 1}: test accuracy {fmean(accuracies):.2f} %")
+        with progress_of("training", total, total - missing) as advance, Workers(workers) as pool:
+            for name, accuracies in pool.run(train_shard, pieces, advance):
+                log.info(f"{name}: test accuracy {fmean(accuracies):.2f} %")
     except Exception as error:
         if not is_out_of_memory(error):
             raise

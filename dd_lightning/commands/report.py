@@ -8,11 +8,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dd_lightning.atomic import write_bytes
 from dd_lightning.commands.launch import command
 from dd_lightning.report import figures, tables
 from dd_lightning.report.page import page
 from dd_lightning.report.runs import find_runs
+from dd_lightning.system.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dd_lightning.atomic import write_json
+from dd_lightning.system.atomic import write_json
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from dd_lightning.checks import check_count
 from dd_lightning.data.augmentation import random_crop, random_flip
 from dd_lightning.data.datasets import ImageDataset, Pictures
-from dd_lightning.seeding import Stream, generator
+from dd_lightning.system.checks import check_count
+from dd_lightning.system.seeding import Stream, generator
 
 Batch = tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"]]
 

@@ -13,9 +13,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from dd_lightning.checks import check_count, check_name, check_whole
 from dd_lightning.data.packed import Arrays, load_packed, save_packed
-from dd_lightning.locking import locked
+from dd_lightning.system.checks import check_count, check_name, check_whole
+from dd_lightning.system.locking import locked
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from dd_lightning.archives import check_arrays
-from dd_lightning.atomic import write_bytes
+from dd_lightning.system.archives import check_arrays
+from dd_lightning.system.atomic import write_bytes
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -56,6 +56,13 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
     except Exception as error:  # a file from elsewhere raises anything, from the parser of its headers for instance
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is truncated or not a packed data set: {reason}") from error
+    _check_images(path, arrays)
+    _check_labels(path, arrays, num_classes)
+    arrays = {key: a.astype(np.int64) if key.endswith("labels") else a for key, a in arrays.items()}
+    return Arrays(**arrays)
+
+
+def _check_images(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if (
@@ -77,6 +84,9 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
             raise ValueError(f"{path}: {split}_images are {images.shape[1]}×{images.shape[2]}; they must be square")
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise ValueError(f"{path}: train_images and test_images have different sizes")
+
+
+def _check_labels(path: Path, arrays: dict[str, np.ndarray], num_classes: int | None) -> None:
     classes = num_classes if num_classes is not None else int(arrays["train_labels"].max()) + 1
     for split in ("train", "test"):
         labels = arrays[f"{split}_labels"]
@@ -88,5 +98,3 @@ def load_packed(path: Path, num_classes: int | None = None) -> Arrays:
     empty = np.flatnonzero(np.bincount(arrays["train_labels"].astype(np.int64), minlength=classes) == 0)
     if len(empty):
         raise ValueError(f"{path}: no training picture of class {', '.join(map(str, empty[:5]))}")
-    arrays = {key: a.astype(np.int64) if key.endswith("labels") else a for key, a in arrays.items()}
-    return Arrays(**arrays)

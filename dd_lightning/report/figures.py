@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Drawing
 
 from dd_lightning.data import Preprocessing
 from dd_lightning.distilled import DistilledData
-from dd_lightning.picture import figure as picture
+from dd_lightning.report.picture import figure as picture
 from dd_lightning.report.runs import Measured, Run, measured
 from dd_lightning.report.tables import number
 
@@ -233,7 +233,7 @@ def _axes(count: int) -> tuple[Drawing, list[Any]]:
 
 def save(drawing: Drawing, path: Path) -> None:
     """Writes a drawing in the format of the path's suffix, whole or not at all."""
-    from dd_lightning.atomic import atomic_path
+    from dd_lightning.system.atomic import atomic_path
 
     with atomic_path(path) as temporary:
         drawing.savefig(temporary)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dd_lightning.networks import Weights
-from dd_lightning.unroll.gradients import Images, StepGradient, batched_gradient, single_gradient
+from dd_lightning.unroll.choice import batched_gradient, single_gradient
+from dd_lightning.unroll.gradients import Images, StepGradient
 from dd_lightning.unroll.interface import Step, Unroll
 from dd_lightning.unroll.optimizers import InnerOptimizer, State
 

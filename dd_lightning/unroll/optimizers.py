@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dd_lightning.checks import check_positive
 from dd_lightning.networks import Weights
+from dd_lightning.system.checks import check_positive
 
 State = dict[str, Tensor]  # tensors of the optimizer, beside the weights
 Before = tuple[Weights, Weights, State]  # θ, ∇ℓ and the optimizer's state before a step

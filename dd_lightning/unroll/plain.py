@@ -10,16 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd_lightning.networks import channels_last
-from dd_lightning.stem import LANES
-from dd_lightning.unroll.layers import (
-    Differentiated,
-    Layer,
-    Reshaped,
-    Tensors,
-    UnsupportedLayerError,
-    pair,
-)
+from dd_lightning.networks import LANES, channels_last
+from dd_lightning.unroll.layers import Differentiated, Layer, Reshaped, Tensors, UnsupportedLayerError, pair
 
 
 class Conv2d(Layer):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dd_lightning.stem import LANES
+from dd_lightning.networks import LANES
 from dd_lightning.unroll.layers import (
     Differentiated,
     Layer,
@@ -27,45 +27,7 @@ from dd_lightning.unroll.layers import (
     largest,
     pair,
 )
-
-
-def _product(
-    weight: Float[Tensor, "init rows inner"], x: Float[Tensor, "init inner columns"]
-) -> Float[Tensor, "init rows columns"]:
-    """weight @ x, in one product where the networks share x."""
-    return (weight.flatten(0, 1) @ x[0]).unflatten(0, weight.shape[:2]) if len(x) == 1 else torch.bmm(weight, x)
-
-
-def _weight_adjoint(
-    dy: Float[Tensor, "init rows columns"], x: Float[Tensor, "init inner columns"], to: Tensor | None = None
-) -> Float[Tensor, "init inner rows"]:
-    """x @ dyᵀ, added in place to what is given: the transposed adjoint, because matrices that begin long are faster."""
-    if to is not None:
-        return to.baddbmm_(x, dy.mT)
-    if len(x) == 1:
-        return (x[0] @ dy.flatten(0, 1).T).unflatten(1, dy.shape[:2]).transpose(0, 1)
-    return torch.bmm(x, dy.mT)
-
-
-def _input_adjoint(
-    weight: Float[Tensor, "init rows inner"], dy: Tensor, shared: bool, to: Tensor | None = None
-) -> Float[Tensor, "init inner columns"]:
-    """weightᵀ @ dy, added in place to what is given; summed over the networks where they share the input."""
-    if shared:
-        weight, dy = weight.flatten(0, 1).T, dy.flatten(0, 1)
-        return torch.mm(weight, dy)[None] if to is None else to[0].addmm_(weight, dy)[None]
-    return torch.bmm(weight.mT, dy) if to is None else to.baddbmm_(weight.mT, dy)
-
-
-def _biased(y: Float[Tensor, "init feature ..."], bias: Tensors) -> Tensor:
-    """y + b in place, if there is a bias."""
-    for b in bias:
-        y.add_(b.reshape(*b.shape, *(1,) * (y.ndim - 2)))
-    return y
-
-
-def _bias_adjoint(bias: Tensors, dy: Float[Tensor, "init feature ..."]) -> Tensors:
-    return [dy.flatten(2).sum(2) for _ in bias]
+from dd_lightning.unroll.products import bias_adjoint, biased, every, input_adjoint, product, weight_adjoint
 
 
 class Affine(Layer):
@@ -94,28 +56,28 @@ class Affine(Layer):
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
         x = xs[0]
         columns = self.gather(x, w[0])
-        y = _product(self.matrix(w[0], x), columns)
-        return _biased(self.shaped(y, x, w[0]), w[1:]), [x, columns]
+        y = product(self.matrix(w[0], x), columns)
+        return biased(self.shaped(y, x, w[0]), w[1:]), [x, columns]
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         x, columns = saved
         matrix = self.matrix(w[0], x)
         rows = dy.reshape(*matrix.shape[:2], -1)
-        dw = self._weights(w, _weight_adjoint(rows, columns), dy)
+        dw = self._weights(w, weight_adjoint(rows, columns), dy)
         if not wanted:
             return [None], dw
         # Patches of the images are few and kept; those of later layers are cut again, and leave their memory to x̄'s.
         saved[1] = columns = None
-        return [self.scatter(_input_adjoint(matrix, rows, len(x) == 1), x, w[0])], dw
+        return [self.scatter(input_adjoint(matrix, rows, len(x) == 1), x, w[0])], dw
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         x, columns = saved
         columns = self.gather(x, w[0]) if columns is None else columns
         tcolumns = None if txs[0] is None else self.gather(txs[0], w[0])
-        y = _product(self.matrix(tw[0], x), columns)
+        y = product(self.matrix(tw[0], x), columns)
         if tcolumns is not None:
             y.baddbmm_(self.matrix(w[0], x), tcolumns)
-        return _biased(self.shaped(y, x, w[0]), tw[1:]), (columns, tcolumns)
+        return biased(self.shaped(y, x, w[0]), tw[1:]), (columns, tcolumns)
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
@@ -124,15 +86,15 @@ class Affine(Layer):
         matrix, shared = self.matrix(w[0], x), len(x) == 1
         ey = torch.zeros_like(dy) if ey is None else ey
         rows, erows = (one.reshape(*matrix.shape[:2], -1) for one in (dy, ey))
-        ew = _weight_adjoint(erows, columns)
+        ew = weight_adjoint(erows, columns)
         if tcolumns is not None:
-            ew = _weight_adjoint(rows, tcolumns, to=ew)
-        ex = _input_adjoint(self.matrix(tw[0], x), rows, shared)
-        ex = _input_adjoint(matrix, erows, shared, to=ex)
+            ew = weight_adjoint(rows, tcolumns, to=ew)
+        ex = input_adjoint(self.matrix(tw[0], x), rows, shared)
+        ex = input_adjoint(matrix, erows, shared, to=ex)
         return [self.scatter(ex, x, w[0])], self._weights(w, ew, ey)
 
     def _weights(self, w: Tensors, matrix: Tensor, dy: Tensor) -> Tensors:
-        return [self.matrix_adjoint(matrix.mT, w[0]), *_bias_adjoint(w[1:], dy)]
+        return [self.matrix_adjoint(matrix.mT, w[0]), *bias_adjoint(w[1:], dy)]
 
 
 class Linear(Affine):
@@ -218,23 +180,16 @@ class Conv2d(Affine):
         by_row = columns.new_zeros(*like.shape[:2], l, phases[1], height + 2 * m, cols, batch)
         for i, part in enumerate(parts.unbind(2)):
             for r, phase in enumerate(part.unbind(3)):
-                _every(by_row, 4, i + a * r, a * p, rows).add_(phase)
+                every(by_row, 4, i + a * r, a * p, rows).add_(phase)
         padded = columns.new_zeros(*like.shape[:2], height + 2 * m, width + 2 * n, batch)
         for j, part in enumerate(by_row.unbind(2)):
             for c, phase in enumerate(part.unbind(2)):
-                _every(padded, 3, j + b * c, b * q, cols).add_(phase)
+                every(padded, 3, j + b * c, b * q, cols).add_(phase)
         return padded[:, :, None, m : m + height, n : n + width]
 
     def shaped(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         out = self._out(*x.shape[3:5])
         return y.view(*weight.shape[:2], math.prod(self.pooling), *out, x.shape[5])
-
-
-def _every(x: Tensor, dim: int, start: int, step: int, length: int) -> Tensor:
-    """x[..., start::step, ...], of a contiguous x; with less overhead than slicing."""
-    shape, strides = list(x.shape), list(x.stride())
-    offset, shape[dim], strides[dim] = start * strides[dim], length, step * strides[dim]
-    return x.as_strided(shape, strides, offset)
 
 
 def _unphased(x: Tensor) -> Float[Tensor, "init channel h w batch"]:
@@ -289,16 +244,16 @@ class MaxPool2d(Layer):
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
         y, chosen = largest(self._gather(xs[0], -torch.inf), dim=2)
-        return _biased(y[:, :, None], w), (chosen, xs[0].shape)
+        return biased(y[:, :, None], w), (chosen, xs[0].shape)
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
         chosen, shape = saved
-        return [self._scatter(chosen, dy, shape) if wanted else None], _bias_adjoint(w, dy)
+        return [self._scatter(chosen, dy, shape) if wanted else None], bias_adjoint(w, dy)
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         if txs[0] is None:
             return None, None
-        return _biased((self._gather(txs[0], 0.0) * saved[0]).sum(2, keepdim=True), tw), None
+        return biased((self._gather(txs[0], 0.0) * saved[0]).sum(2, keepdim=True), tw), None
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None

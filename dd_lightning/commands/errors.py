@@ -1,0 +1,99 @@
+"""Errors in a user's words: one line, with the setting that it is about."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+TRACEBACK = "DD_TRACEBACK"
+
+# Errors whose messages are for users.
+EXPECTED = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+
+# Where settings of an older layout of the package name what lies elsewhere now.
+MOVED = {
+    "callbacks": "training",
+    "loggers": "training",
+    "resuming": "training",
+    "pretraining": "init",
+    "baselines": "evaluation",
+}
+
+
+def one_line(error: BaseException, prefix: str = "") -> str:
+    """An error as a user reads it: the innermost message, with the config key where it is known."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        prefix = _key(error) or prefix
+        error = error.__cause__
+    # Hydra lists the valid options one a line, indented, and then where it searched.
+    text = str(error).partition("Config search path")[0].replace("\n\t", " ")
+    lines = [line.strip() for line in text.splitlines()]
+    message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
+    prefix = f"{error.override}: " if isinstance(error, OverrideParseException) else _key(error) or prefix
+    if old := re.search(rf"Error lo\w+ (?:target )?'dd_lightning\.({'|'.join(MOVED)})\.(\w+)'", message):
+        room = "sources" if old[1] == "baselines" and old[2][0].islower() else MOVED[old[1]]
+        message = f"dd_lightning.{old[1]}.{old[2]} is of an older layout; it is dd_lightning.{room}.{old[2]} now"
+    extra = re.search(r"unexpected keyword argument '(\w+)'", message)
+    if prefix and extra:  # such as what an experiment sets for another option of this group
+        message += f"; leave it out with ~{prefix.removesuffix(': ')}.{extra[1]}"
+    if not prefix and not isinstance(error, EXPECTED):
+        message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
+    return prefix + message
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors in the block, which uses a setting for the first time, name it.
+
+    Raises:
+        ValueError: beginning with `key`.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(one_line(error, f"{key}: ")) from error
+
+
+def check_resolved(cfg: DictConfig) -> None:
+    """Refuses a configuration in which a value is missing or cannot be interpolated.
+
+    Raises:
+        ValueError: naming its key.
+    """
+    for key in cfg:
+        full_key = cfg._get_full_key(key)
+        try:
+            value = cfg[key]
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{full_key}: {str(error).partition(chr(10))[0]}") from error
+        if isinstance(value, DictConfig):
+            check_resolved(value)
+
+
+def with_overrides(message: str, overrides: list[str]) -> str:
+    """The message, and what the command line says of the config group that it names, if it does not name the key."""
+    keys = {override: override.lstrip("+~").partition("=")[0].split(".") for override in overrides}
+    group = re.split(r"\W", message)[0]
+    values = [o for o in overrides if len(keys[o]) > 1]
+    given = [o for o in values if keys[o][0] == group] or values or overrides
+    if not given or any(re.search(rf"(^|\W){re.escape(keys[o][-1])}(\W|$)", message) for o in given):
+        return message
+    return f"{message} (given: {', '.join(given)})"
+
+
+def _key(error: BaseException) -> str:
+    """The config key that Hydra or OmegaConf names in their messages' last lines."""
+    found = re.search(r"^\s*full_key: (\S+)$", str(error), re.MULTILINE)
+    return f"{found[1]}: " if found else ""

@@ -1,0 +1,69 @@
+"""Functions for configuration files."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from dd_lightning.system.checks import check_name
+
+RUN_FOLDER = "DD_RUN_FOLDER"  # of this run, in the environment of the processes that it starts
+NOT_COMPUTED_FROM = ("hydra", "resume", "traceback")
+WAIT = 600  # seconds for the first process to make the run's folder
+
+
+def register() -> None:
+    """Makes `${fraction:…}` and `${run_folder:…}` known; every module that composes a configuration calls it."""
+    OmegaConf.register_new_resolver("fraction", lambda whole, parts: max(whole // parts, 1), replace=True)
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+
+
+def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
+    """The folder of a run.
+
+    With `resume=auto` it is that of the newest unfinished run of the same configuration, if there is one; its name ends
+    in the configuration's hash. With `resume=RUN` it is that run's. Else it is `new`.
+
+    Raises:
+        ValueError: `new` would lie outside `runs_dir`.
+    """
+    if RUN_FOLDER in os.environ:
+        return os.environ[RUN_FOLDER]
+    check_name(name=_root_.get("name"))
+    if resume is not None and not isinstance(resume, str):
+        raise ValueError(f"resume must be auto, null, or a run's folder or checkpoint, not {resume!r}")
+    if resume != "auto":
+        return resume if resume is not None and Path(resume, "checkpoints").is_dir() else new
+    ending = fingerprint(_root_)
+    found = unfinished(Path(new).parent, ending)
+    # Processes that something else starts cannot inherit the folder: all but the first wait until it is there.
+    until = time.monotonic() + WAIT
+    while rank_zero_only.rank and not found and time.monotonic() < until:
+        time.sleep(0.5)
+        found = unfinished(Path(new).parent, ending)
+    return str(found[-1]) if found else f"{new}_{ending}"
+
+
+def task_overrides() -> list[str]:
+    """What the command line says of this job, as it says it."""
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[arg-type]
+    assert isinstance(overrides, list)
+    return overrides
+
+
+def unfinished(folder: Path, ending: str) -> list[Path]:
+    """Folders of runs that have not written their result, the newest last."""
+    return [run for run in sorted(folder.glob(f"*_{ending}")) if not (run / "result.json").exists()]
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """Eight digits that two configurations share only if they are the same."""
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    kept = {key: value for key, value in plain.items() if key not in NOT_COMPUTED_FROM}
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()

@@ -1,0 +1,162 @@
+"""The grid of Section S-1: every learning rate with every number of epochs, and the best of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dd_lightning.data import Pictures
+from dd_lightning.distilled import DistilledData, softplus_inverse
+from dd_lightning.evaluation.evaluator import CHUNK, Evaluation, Outcome, Schedule, measures_along
+from dd_lightning.evaluation.learning_rates import learn_rates
+from dd_lightning.sources import Sets
+from dd_lightning.system.checks import check_count, check_positive
+from dd_lightning.system.seeding import Stream
+from dd_lightning.system.workers import Result
+
+LEARNED = "learned"
+
+
+class Grid:
+    """Images as training data with the best of all combinations of learning rate and epochs.
+
+    The combinations are compared on validation pictures: with as many unseen networks as the result is of, dealt
+    over the sets; every ten networks see their own share of the pictures, so that all pictures count at the price of a
+    few. The best combination is then tested, every set on every network. What choosing on the test set would have
+    brought, as in the paper, is told as `gap`.
+
+    Args:
+        learning_rates: numbers, and `learned` for rates learned for the images (`learn_rates`).
+        epochs: numbers of passes over the images.
+        outer_steps: of learning rates.
+        step_size: of the outer optimizer of the learning rates.
+        pictures: share of the validation and of the test pictures that every ten networks see.
+        least_attack_share: % of the attacked class that a combination must move to the target, for poisoning.
+
+    Raises:
+        ValueError: no or repeated combinations, a rate that is not positive, or a count below 1.
+    """
+
+    def __init__(
+        self,
+        learning_rates: Sequence[float | str],
+        epochs: Sequence[int],
+        outer_steps: int = 100,
+        step_size: float = 0.1,
+        pictures: int = 500,
+        least_attack_share: float = 10.0,
+    ) -> None:
+        check_count(outer_steps=outer_steps, pictures=pictures, **{f"epochs[{i}]": e for i, e in enumerate(epochs)})
+        fixed = {f"learning_rates[{i}]": rate for i, rate in enumerate(learning_rates) if rate != LEARNED}
+        check_positive(step_size=step_size, **fixed)
+        for name, values in (("learning_rates", learning_rates), ("epochs", epochs)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different values, at least one, not {list(values)}")
+        self.learning_rates, self.epochs = list(learning_rates), sorted(epochs)
+        self.outer_steps, self.step_size, self.pictures = outer_steps, step_size, pictures
+        self.least_attack_share = least_attack_share
+
+    def __call__(self, evaluation: Evaluation, sets: Sets) -> Outcome:
+        schedules = self.schedules(evaluation, sets.members)
+        combinations = [(schedule, epochs) for schedule in schedules for epochs in schedule.tested]
+        validation, test = self.compare(evaluation, sets.members, schedules)
+        chosen, chosen_on_test = (best(means, self.least_attack_share) for means in (validation, test))
+        schedule, epochs = combinations[chosen]
+        kept = evaluation.best([schedule.of(one, epochs) for one in sets.members], sets.keep)
+        result = evaluation.test(kept)
+        table = [
+            {"learning_rate": s.learning_rate, "epochs": e, **row}
+            for (s, e), row in zip(combinations, rows(validation, test), strict=True)
+        ]
+        details = {
+            "sets": len(kept),
+            "combinations": table,
+            "chosen": table[chosen],
+            "chosen_on_test": table[chosen_on_test],
+            "gap": table[chosen_on_test]["test"] - table[chosen]["test"],
+            "learned_rates": {
+                str(s.tested[0]): torch.nn.functional.softplus(s.raw_learning_rates).tolist()
+                for s in schedules
+                if s.learning_rate == LEARNED
+            },
+        }
+        return Outcome(result, details, kept)
+
+    def schedules(self, evaluation: Evaluation, sets: Sequence[DistilledData]) -> list[Schedule]:
+        """A trajectory for every learning rate; numbers of epochs are points on it. Learned rates differ for each."""
+        steps = len(sets[0].images)
+        result = [
+            Schedule(float(rate), constant(rate, max(self.epochs), steps), tuple(self.epochs))
+            for rate in self.learning_rates
+            if rate != LEARNED
+        ]
+        if LEARNED in self.learning_rates:
+            learner = evaluation.learner
+            common = (learner.network, learner.init, learner.unroll, learner.objective, evaluation.data)
+            pieces = {
+                f"epochs{epochs}": (
+                    [replace(one, raw_learning_rates=one.raw_learning_rates[:1].expand(epochs, -1)) for one in sets],
+                    *common,
+                    self.outer_steps,
+                    self.step_size,
+                )
+                for epochs in reversed(self.epochs)  # the longest first
+            }
+            learned = evaluation.workers.map("learning rates", learn_rates, pieces)
+            result += [Schedule(LEARNED, torch.from_numpy(learned[f"epochs{e}"]["raw"]), (e,)) for e in self.epochs]
+        return result
+
+    def compare(
+        self, evaluation: Evaluation, sets: Sequence[DistilledData], schedules: Sequence[Schedule]
+    ) -> tuple[Result, Result]:
+        """Mean of each measure in % for every combination, on validation and on test pictures."""
+        count = evaluation.learner.init.num_held_out(evaluation.networks)
+        size = max(1, min(CHUNK, math.ceil(count / len(sets))))
+        pieces = {}
+        for i, part in enumerate(evaluation.chunks(evaluation.networks, size)):
+            shares = [share(p, i, self.pictures) for p in (evaluation.data.validation, evaluation.data.test)]
+            common = (part, evaluation.networks, Stream.HELD_OUT_VALIDATION, shares)
+            pieces[f"networks{part.start}"] = (evaluation.learner, schedules, sets[i % len(sets)], *common)
+        results = evaluation.workers.map("comparing", measures_along, pieces)
+        names = list(next(iter(results.values())))
+        means = {name: np.concatenate([r[name] for r in results.values()], axis=2).mean(2) for name in names}
+        validation, test = ({name: mean[:, part] for name, mean in means.items()} for part in (0, 1))
+        return validation, test
+
+
+def constant(learning_rate: float | str, epochs: int, steps: int) -> Float[Tensor, "epoch step"]:
+    """Raw learning rates of one value."""
+    return softplus_inverse(torch.full((epochs, steps), float(learning_rate), dtype=torch.float64))
+
+
+def share(pictures: Pictures, index: int, size: int) -> Pictures:
+    """The `index`-th share of `size` pictures, begun again after the last."""
+    chosen = (index * size + torch.arange(min(size, len(pictures)))) % len(pictures)
+    chosen = chosen.to(pictures.labels.device)
+    return Pictures(pictures.images[chosen], pictures.labels[chosen])
+
+
+def best(means: Result, least_attack_share: float = 0.0) -> int:
+    """The combination with the highest mean of the first measure, the accuracy.
+
+    For poisoning (Figure 6) it is the best of those that move at least `least_attack_share` % of the attacked class to
+    the target; where none does, the one that moves most.
+    """
+    accuracy = next(iter(means.values()))
+    if "attack_share" in means:
+        share = means["attack_share"]
+        moving = share >= least_attack_share
+        return int(np.argmax(np.where(moving, accuracy, -1.0) if moving.any() else share))
+    return int(np.argmax(accuracy))
+
+
+def rows(validation: Result, test: Result) -> list[dict[str, float]]:
+    """Of each combination the accuracy on validation and on test pictures, and the share of the attacked class."""
+    named = {"validation": next(iter(validation.values())), "test": next(iter(test.values()))}
+    if "attack_share" in validation:
+        named |= {"validation_attack_share": validation["attack_share"], "test_attack_share": test["attack_share"]}
+    return [dict(zip(named, values, strict=True)) for values in zip(*(v.tolist() for v in named.values()), strict=True)]

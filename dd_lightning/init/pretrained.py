@@ -1,0 +1,84 @@
+"""Networks of a population of trained ones (Section 3.5)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dd_lightning.init.fixed import OneNetwork
+from dd_lightning.init.interface import Init, to_device_of
+from dd_lightning.init.population import HELD_OUT, TRAIN, TrainedNetworks, find_population
+from dd_lightning.networks import Weights, stack
+from dd_lightning.system.checks import check_count
+from dd_lightning.system.seeding import Stream, generator
+
+
+class RandomPretrainedInit(Init):
+    """Networks sampled from a population of trained ones for every outer step (Section 3.5).
+
+    Held-out networks are those of the population's held-out part. Those for the test are taken from its start, those
+    for validation from its end: they are others where the part is large enough for both.
+
+    Args:
+        population: its name in `populations_dir`, or the path of its folder.
+        populations_dir: folder of populations.
+        per_step: J, the number of different networks per outer step.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: J below 1 or above the number of networks, or a population that is not finished.
+        FileNotFoundError: there is no such population; the message names the command that makes it.
+    """
+
+    def __init__(self, population: str | None, populations_dir: str = ".", per_step: int = 4, seed: int = 0) -> None:
+        check_count(per_step=per_step)
+        self.per_step, self.seed = per_step, seed
+        self.population = find_population(population, populations_dir)
+        self._train = TrainedNetworks(self.population, TRAIN)
+        self._held_out = TrainedNetworks(self.population, HELD_OUT)
+        if per_step > len(self._train):
+            raise ValueError(f"per_step is {per_step}, but population {population} has {len(self._train)} networks")
+
+    def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
+        chosen = torch.randperm(len(self._train), generator=generator(self.seed, Stream.INIT, step))[: self.per_step]
+        return stack([to_device_of(network, self._train[index]) for index in chosen[rank::world].tolist()])
+
+    def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
+        last = len(self._held_out) - 1
+        indices = range(self.num_held_out(count))
+        ends = stream == Stream.HELD_OUT_VALIDATION
+        return (to_device_of(network, self._held_out[last - index if ends else index]) for index in indices)
+
+    def num_held_out(self, count: int) -> int:
+        return min(count, len(self._held_out))
+
+    def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        self.population.check(network, image_shape, num_classes)
+
+
+class FixedPretrainedInit(OneNetwork):
+    """One network of a population of trained ones (Section 3.5).
+
+    Args:
+        population: as in `RandomPretrainedInit`.
+        populations_dir: as in `RandomPretrainedInit`.
+        index: which network of those to train on, from 0.
+
+    Raises:
+        ValueError: no network has this index, or the population is not finished.
+        FileNotFoundError: as in `RandomPretrainedInit`.
+    """
+
+    def __init__(self, population: str | None, populations_dir: str = ".", index: int = 0, per_step: int = 1) -> None:
+        super().__init__(per_step)
+        self.population = find_population(population, populations_dir)
+        self._networks, self._index = TrainedNetworks(self.population, TRAIN), index
+        if index not in range(len(self._networks)):
+            last = len(self._networks) - 1
+            raise ValueError(f"index is {index}, but population {population} has networks 0 to {last}")
+
+    def _make(self, network: nn.Module) -> dict[str, Tensor]:
+        return self._networks[self._index]
+
+    def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        self.population.check(network, image_shape, num_classes)

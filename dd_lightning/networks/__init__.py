@@ -1,0 +1,39 @@
+"""Architectures, and how to run many networks of one from their weights."""
+
+from dd_lightning.networks.alexcifarnet import AlexCifarNet
+from dd_lightning.networks.check import check_network
+from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
+from dd_lightning.networks.formats import channels_last, memory_format
+from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
+from dd_lightning.networks.lenet import LeNet
+from dd_lightning.networks.modes import evaluating, training_without_dropout
+from dd_lightning.networks.stem import LANES, Stem, Tracer, stem_of
+from dd_lightning.networks.weights import Weights, class_name, count, forward_each, predict, split, stack, unstack
+
+__all__ = [
+    "LANES",
+    "AlexCifarNet",
+    "Confusion",
+    "LeNet",
+    "LocalResponseNorm",
+    "MaxPool2d",
+    "Stem",
+    "Tracer",
+    "Weights",
+    "accuracy",
+    "channels_last",
+    "check_network",
+    "class_name",
+    "confusion",
+    "count",
+    "evaluating",
+    "forward_each",
+    "memory_format",
+    "percent",
+    "predict",
+    "split",
+    "stack",
+    "stem_of",
+    "training_without_dropout",
+    "unstack",
+]

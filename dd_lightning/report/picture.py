@@ -1,0 +1,61 @@
+"""A picture of distilled data like the paper's Figures 2 and 3."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dd_lightning.data import Preprocessing
+from dd_lightning.distilled import DistilledData
+from dd_lightning.system.atomic import atomic_path
+
+COLUMNS, IMAGES = 20, 200  # more would take minutes to draw, and could not be seen
+
+
+def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = "") -> Figure:
+    """A row per GD step (and image per class), a column per class; at left the learning rates of all epochs.
+
+    Many classes take several rows a step. Of many images the first few hundred are drawn.
+    """
+    steps, batch = distilled.images.shape[:2]
+    drawn = distilled.images.detach()[: max(IMAGES // batch, 1), :IMAGES]
+    if drawn.shape[:2] != (steps, batch):
+        title = f"{title} (the first {drawn.shape[0] * drawn.shape[1]} of {steps * batch} images)".lstrip()
+    images = preprocessing.inverse(drawn.cpu().float()).permute(0, 1, 3, 4, 2).numpy()
+    rates = distilled.learning_rates.detach().cpu()
+    steps, batch = images.shape[:2]
+    columns = min(batch, distilled.num_classes, COLUMNS)
+    rows_per_step = -(-batch // columns)
+    rows = steps * rows_per_step
+    fig = Figure(figsize=(1.6 + 0.9 * columns, 0.6 + 0.95 * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(fig)
+    axes: Any = fig.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.axis("off")
+    for step in range(steps):
+        for index in range(batch):
+            axis = axes[step * rows_per_step + index // columns, index % columns]
+            axis.imshow(_visible(images[step, index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if (step == 0 and index < columns) or distilled.num_classes > columns:
+                axis.set_title(str(int(distilled.labels[step, index])), fontsize=10)
+        text = "\n".join(f"η = {rate:.3g}" for rate in rates[:, step].tolist())
+        left = axes[step * rows_per_step, 0]
+        label = f"step {step + 1}\n{text}" if steps > 1 else text
+        left.text(-0.15, 0.5, label, transform=left.transAxes, ha="right", va="center", fontsize=8)
+    fig.suptitle(title, fontsize=11)
+    return fig
+
+
+def draw(distilled: DistilledData, preprocessing: Preprocessing, title: str, path: Path) -> None:
+    """Writes `figure` as a picture file."""
+    with atomic_path(path) as temporary:
+        figure(distilled, preprocessing, title).savefig(temporary)
+
+
+def _visible(image: np.ndarray) -> np.ndarray:
+    # Pixels are not clipped while they are learned: stretch each image to three standard deviations about its mean.
+    spread = max(3 * float(image.std()), 1e-6)
+    return np.clip((image - image.mean()) / (2 * spread) + 0.5, 0, 1)

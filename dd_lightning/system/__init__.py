@@ -1,0 +1,1 @@
+"""What the rest asks of the machine: files, locks, signals, processors, processes, random numbers; and checks."""

@@ -1,0 +1,47 @@
+"""Locks that the system takes back when their process ends, however it ends."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the lock of a file, which names this process, until the block ends.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuses to work in a folder in which another process does.
+
+    Raises:
+        ValueError: the run is going on already.
+    """
+    path = folder / ".lock"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"this run is going on already in {folder} (process {path.read_text().strip()}); "
+                "resume=null starts another"
+            ) from error
+        yield

@@ -1,0 +1,104 @@
+"""The end of a run: the best distilled data, tested once, and the results."""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from dd_lightning.data import RealData
+from dd_lightning.distilled import DistilledData
+from dd_lightning.distiller import DatasetDistiller
+from dd_lightning.evaluation import HeldOutResult
+from dd_lightning.report.picture import draw
+from dd_lightning.system.atomic import write_json
+from dd_lightning.system.processor import hardware
+from dd_lightning.training.callbacks import HeldOutEvaluation, log_picture, of_kind
+from dd_lightning.training.resuming import ResumeCheckpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run ends with.
+
+    Attributes:
+        distilled: the best by validation; its card says the test accuracy.
+        test: the accuracy on the test set.
+        validation: accuracy in % by which they were chosen, if there was an evaluation.
+    """
+
+    distilled: DistilledData
+    test: HeldOutResult
+    validation: float | None
+
+
+def finish(trainer: pl.Trainer, distiller: DatasetDistiller, data: RealData) -> Finished:
+    """Chooses the best distilled data by validation, and tests them once."""
+    device = trainer.strategy.root_device
+    validation = load_best(trainer, distiller)
+    distiller.to(device)
+    distiller.network.to(device)
+    data.to(device)
+    held_out = of_kind(trainer, HeldOutEvaluation) or HeldOutEvaluation()
+    result = held_out.test(distiller, distiller.distilled.detach(), data)
+    distilled = distiller.distilled.detach().to("cpu")
+    return Finished(replace(distilled, card=distilled.card | {"accuracy": result.as_dict()}), result, validation)
+
+
+def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folder: Path, about: dict[str, Any]) -> None:
+    """Writes distilled data, picture and `result.json` into the run's folder, and logs the test.
+
+    Args:
+        about: the run: `name`, and what else belongs into `result.json`.
+    """
+    distilled, result = finished.distilled, finished.test
+    distilled.save(folder / "distilled.safetensors")
+    draw(distilled, data.preprocessing, f"{about['name']}: {result}", folder / "distilled.png")
+    resuming = of_kind(trainer, ResumeCheckpoint)
+    content = about | {
+        "test": result.as_dict(),
+        "validation_accuracy_mean": finished.validation,
+        "learning_rates": distilled.learning_rates.tolist(),
+        "outer_steps": trainer.global_step,
+        "seconds_distilling": resuming.seconds if resuming else None,
+        "hardware": hardware(),
+        "card": distilled.card,
+    }
+    write_json(folder / "result.json", content)
+    for logger in trainer.loggers:
+        logger.log_metrics(result.metrics("test"), step=trainer.global_step)
+    log_picture(trainer, folder / "distilled.png", trainer.global_step)
+
+
+def tell(finished: Finished, fixed: bool, folder: Path) -> None:
+    """Says how well the distilled data do, and where they are.
+
+    Args:
+        fixed: whether they are for one fixed network.
+    """
+    result, images = finished.test, finished.distilled.images
+    networks = f"{len(result.accuracies)} unseen network{'s' if len(result.accuracies) > 1 else ''}"
+    if fixed:
+        networks = "the fixed network"
+    count = images.shape[0] * images.shape[1]
+    log.info(f"test accuracy of {networks}, trained on {count} distilled images: {result}")
+    for line in result.lines():
+        log.info(f"  {line}")
+    log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
+
+
+def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
+    """Leaves in the module the distilled data of the best held-out validation accuracy.
+
+    Returns:
+        That accuracy in %, if there was an evaluation.
+    """
+    held_out = of_kind(trainer, HeldOutEvaluation)
+    if held_out is None or held_out.best is None:
+        return None
+    distiller.load_state_dict(held_out.best["distilled"])
+    return held_out.best["accuracy"]

@@ -1,0 +1,101 @@
+"""Loggers that an interrupted run goes on with."""
+
+import csv
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning import loggers as lightning
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+
+from dd_lightning.system.atomic import write_bytes
+from dd_lightning.system.processes import rank
+
+log = logging.getLogger(__name__)
+
+
+class _Appending(ExperimentWriter):
+    """Lightning's writer, without its deletion of what an earlier process wrote."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    def _check_log_dir_exists(self) -> None:
+        pass
+
+    def save(self) -> None:
+        os.makedirs(self.log_dir, exist_ok=True)  # the folder may have been removed
+        super().save()
+
+
+class CSVLogger(lightning.CSVLogger):
+    """Lightning's, which keeps one file for a run however often it is interrupted."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _Appending(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    def rewind(self, step: int) -> None:
+        """Drops what an earlier process logged after outer step `step`: it is logged again."""
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            keys = list(reader.fieldnames or [])
+            whole = (row for row in reader if None not in row.values())  # the last may have been cut
+            # Lightning numbers the steps of its own metrics from 0, the others count those done.
+            rows = [row for row in whole if step and int(row["step"]) + bool(row.get("train/loss")) <= step]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(path, text.getvalue().encode())
+
+
+def wandb_logger(make: Callable[..., WandbLogger], config: Any, folder: Path) -> WandbLogger:
+    """W&B's logger with the whole configuration: one W&B run a folder, offline where W&B cannot be reached."""
+    import wandb
+
+    name = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    settings = wandb.Settings(init_timeout=30)
+    logger = make(config=config, id=name, resume="allow", settings=settings)
+    if rank():
+        return logger
+    try:
+        _ = logger.experiment
+    except (wandb.Error, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        log.warning(f"W&B cannot be reached ({reason}); going on offline: `wandb sync` uploads the run later")
+        wandb.teardown()
+        logger = make(config=config, id=name, mode="offline")
+    return logger
+
+
+def make_logger(make: Callable[..., Logger], config: dict[str, Any], folder: Path, step: int) -> Logger:
+    """A logger that goes on after outer step `step` of the run in `folder`.
+
+    Args:
+        make: the logger's class with its settings, a `functools.partial`.
+        config: the whole configuration, for loggers that keep it.
+    """
+    kind = make.func  # type: ignore[attr-defined]
+    if kind is WandbLogger:
+        return wandb_logger(make, config, folder)  # type: ignore[arg-type]
+    logger = make(purge_step=step + 1) if kind is TensorBoardLogger and step else make()
+    if isinstance(logger, CSVLogger) and rank() == 0:
+        logger.rewind(step)
+    return logger

@@ -1,0 +1,162 @@
+"""The gradient of one GD step by rules for a network's layers, without autograd."""
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dd_lightning.networks import Tracer, Weights, channels_last, stack, unstack
+from dd_lightning.unroll import plain, stacked
+from dd_lightning.unroll.gradients import Images, Labels, StepGradient
+from dd_lightning.unroll.layers import Layer, UnsupportedLayerError
+from dd_lightning.unroll.rules import rule
+
+
+class LayeredGradient(StepGradient):
+    """By the rules of one module for its layers: `stacked`, for J networks at once, or `plain`, for one at a time.
+
+    Raises:
+        UnsupportedLayerError: the network cannot be traced, or has a layer without a rule.
+    """
+
+    def __init__(self, network: nn.Module, rules: ModuleType) -> None:
+        self.network = network
+        try:
+            graph = Tracer().trace(network)
+        except Exception as error:
+            raise UnsupportedLayerError(f"a forward that cannot be traced ({type(error).__name__})") from error
+        modules = dict(network.named_modules())
+        self._layers: list[tuple[Layer, list[int]]] = []  # in order, each with the activations that it takes
+        activation: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if activation:
+                    raise UnsupportedLayerError("a forward with more than one input")
+                activation[node] = 0
+            elif node.op == "output":
+                if not isinstance(node.args[0], fx.Node):
+                    raise UnsupportedLayerError("a forward with more than one output")
+                self._output = activation[node.args[0]]
+            else:
+                layer = rule(node, modules, rules)
+                if layer is None:
+                    activation[node] = activation[node.all_input_nodes[0]]
+                    continue
+                self._layers.append((layer, [activation[n] for n in node.all_input_nodes]))
+                activation[node] = len(self._layers)
+
+    def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:
+        """∇ℓ for x as the first layer takes it; labels broadcast against logits, whose axis 1 is the classes."""
+        activations, saved = [x], []
+        for layer, inputs in self._layers:
+            y, kept = layer.forward([theta[n] for n in layer.names], [activations[i] for i in inputs])
+            activations.append(y)
+            saved.append(kept)
+        logits = activations[self._output]
+        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
+        classes = torch.arange(probabilities.shape[1], device=labels.device)
+        truth = labels == classes.view(-1, *(1,) * (probabilities.ndim - 2))
+        adjoints: list[Tensor | None] = [None] * len(activations)
+        adjoints[self._output] = ((probabilities - truth.to(probabilities.dtype)) / labels.numel()).to(logits.dtype)
+        gradient: Weights = {}
+        for index in reversed(range(len(self._layers))):
+            layer, inputs = self._layers[index]
+            dy = adjoints[index + 1]
+            assert dy is not None
+            found, w_adjoints = layer.backward([theta[n] for n in layer.names], saved[index], dy, inputs != [0])
+            _accumulate(adjoints, inputs, found)
+            _collect(gradient, layer.names, w_adjoints)
+        tape = (theta, saved, adjoints, probabilities, labels) if again else None
+        return _of_all(theta, gradient), tape
+
+    def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor]:
+        """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x."""
+        theta, saved, adjoints, probabilities, labels = tape
+        tangents: list[Tensor | None] = [None] * len(adjoints)
+        tsaved = []
+        for index, (layer, inputs) in enumerate(self._layers):
+            w, v = [theta[n] for n in layer.names], [direction[n] for n in layer.names]
+            tangents[index + 1], kept = layer.tangent(w, saved[index], v, [tangents[i] for i in inputs])
+            tsaved.append(kept)
+        moved = probabilities * tangents[self._output]
+        moved = moved - probabilities * moved.sum(1, keepdim=True)
+        eadjoints: list[Tensor | None] = [None] * len(adjoints)
+        eadjoints[self._output] = moved / labels.numel()
+        hessian: Weights = {}
+        for index in reversed(range(len(self._layers))):
+            layer, inputs = self._layers[index]
+            w, v = [theta[n] for n in layer.names], [direction[n] for n in layer.names]
+            found, w_adjoints = layer.backward_tangent(
+                w, saved[index], v, tsaved[index], adjoints[index + 1], eadjoints[index + 1]
+            )
+            _accumulate(eadjoints, inputs, found)
+            _collect(hessian, layer.names, w_adjoints)
+        grad_x = eadjoints[0]
+        assert grad_x is not None
+        return _of_all(theta, hessian), grad_x
+
+
+class StackedGradient(LayeredGradient):
+    """All J networks at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, stacked)
+        # What pooling alone reads gets its bias there; with adjoining windows it is laid out by their pixels, the
+        # phases: of the images alone, because the patches of later layers are not shared, and slow in this order.
+        readers = [index for _, inputs in self._layers for index in inputs] + [self._output]
+        for index, ((before, images), (layer, inputs)) in enumerate(itertools.pairwise(self._layers), 1):
+            alone = inputs == [index] and readers.count(index) == 1
+            if alone and isinstance(before, stacked.Conv2d) and isinstance(layer, stacked.MaxPool2d):
+                before.names, layer.names = before.names[:1], before.names[1:]
+                if images == [0] and layer.tiles:
+                    before.pooling, layer.phased = layer.kernel, True
+
+    @torch.no_grad()
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        x = images.permute(1, 2, 3, 0).contiguous()[None, :, None]
+        return self._gradient(theta, x, labels, again)
+
+    @torch.no_grad()
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        hessian, grad_x = self._derivative(tape, direction)
+        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2)
+
+
+class PlainGradient(LayeredGradient):
+    """One network after the other, by torch's own kernels; on a CPU in channels last."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, plain)
+
+    def prepared(self, theta: Weights) -> Weights:
+        return {name: channels_last(weight) for name, weight in theta.items()}
+
+    @torch.no_grad()
+    def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
+        found = [self._gradient(single, channels_last(images), labels[:, None], again) for single in unstack(theta)]
+        gradients, tapes = zip(*found, strict=True)
+        return stack(list(gradients)), tapes
+
+    @torch.no_grad()
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+        found = [self._derivative(one, v) for one, v in zip(tape, unstack(direction), strict=True)]
+        hessians, grads_x = zip(*found, strict=True)
+        return stack(list(hessians)), torch.stack(grads_x).sum(0)
+
+
+def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Tensor | None]) -> None:
+    for index, adjoint in zip(inputs, found, strict=True):
+        before = adjoints[index]
+        adjoints[index] = adjoint if before is None else before if adjoint is None else before + adjoint
+
+
+def _collect(gradient: Weights, names: tuple[str, ...], found: list[Tensor]) -> None:
+    for name, value in zip(names, found, strict=True):
+        gradient[name] = gradient[name] + value if name in gradient else value
+
+
+def _of_all(theta: Weights, found: Weights) -> Weights:
+    """In the order of the weights, with zeros for those that the forward does not use."""
+    return {name: found[name] if name in found else torch.zeros_like(value) for name, value in theta.items()}
