@@ -54,6 +54,7 @@ class Workers:
         self._executor.shutdown(wait=error is None, cancel_futures=True)
         for process in processes if error is not None else ():
             process.terminate()
+            process.join()
 
     def map(self, description: str, work: Callable[..., Result], pieces: Pieces) -> dict[str, Result]:
         """The result of each piece, in the order of `pieces`.
