@@ -1,5 +1,7 @@
 """Baseline images, the grid and K-NN against closed forms and a plain loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,9 @@ from dd_lightning.data import Packed, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Evaluation, Grid, KNearestNeighbours, Learner, Training
 from dd_lightning.evaluation.adaptation import Domains, FewShotAdaptation, NoAdaptation, adapt
-from dd_lightning.evaluation.grid import best, share
+from dd_lightning.evaluation.grid import best, dealt, share
 from dd_lightning.evaluation.learning_rates import learn_rates
-from dd_lightning.init import RandomInit
+from dd_lightning.init import FixedInit, RandomInit
 from dd_lightning.objectives import Classification, Poisoning
 from dd_lightning.sources import Sets, average_real, kmeans, random_real
 from dd_lightning.system.seeding import Stream
@@ -130,6 +132,43 @@ def test_the_grid_equals_training_and_testing_every_combination_by_hand(evaluati
     assert outcome.result.accuracies[:, -1].tolist() == pytest.approx(by_hand)
 
 
+class FewForValidation(RandomInit):
+    """Draws like its parent; has two networks for validation alone."""
+
+    def num_distinct(self, count, stream):
+        return min(count, 2) if stream == Stream.HELD_OUT_VALIDATION else count
+
+
+@pytest.mark.parametrize("sets", [1, 3, 10])
+@pytest.mark.parametrize(("init", "count"), [(RandomInit(), 12), (FewForValidation(), 2), (FixedInit(), 1)])
+def test_networks_that_choose_are_dealt_over_the_sets(evaluation, init, count, sets):
+    few = replace(evaluation, networks=12, learner=replace(evaluation.learner, init=init))
+    parts = dealt(few, sets)
+    pairs = [(network, index) for part, index in parts for network in range(part.start, part.stop)]
+    assert len(pairs) == len(set(pairs)) == (min(12, 2 * sets) if count == 2 else count)
+    assert {network for network, _ in pairs} == set(range(count))
+    assert len({index for _, index in pairs}) == min(sets, len(parts))
+
+
+def test_what_is_chosen_is_never_chosen_with_a_network_of_the_test(evaluation, monkeypatch):
+    """In a grid over sets of which the best are kept: every use of the networks asks for its own stream."""
+    asked = []
+    held_out = RandomInit.held_out
+    monkeypatch.setattr(
+        RandomInit, "held_out", lambda s, n, c, stream: asked.append(stream) or held_out(s, n, c, stream)
+    )
+    sets = random_real(evaluation.data, steps=1, sets=3, keep=2)
+    outcome = Grid([0.1, 0.3], [1], pictures=5)(evaluation, sets)
+    choosing = asked.index(Stream.HELD_OUT_TEST)
+    assert set(asked[:choosing]) == {Stream.HELD_OUT_VALIDATION}
+    assert set(asked[choosing:]) == {Stream.HELD_OUT_TEST}
+    assert (outcome.networks, outcome.networks_chose, outcome.details["pictures_chose"]) == (4, 4, 10)
+    assert outcome.details["sets_chosen"] == {"of": 3, "networks": 20, "training_pictures": 48}
+    asked.clear()
+    Training()(replace(evaluation, split="validation"), sets)
+    assert set(asked) == {Stream.HELD_OUT_VALIDATION}
+
+
 def test_learned_rates_are_as_good_as_a_line_search():
     """One network and one minibatch, so that a line search finds the best rate."""
 
@@ -243,8 +282,6 @@ def test_pieces_of_work_are_kept_and_not_done_again(tmp_path):
 
 @pytest.mark.slow  # starts processes
 def test_several_processes_find_what_one_finds(evaluation):
-    from dataclasses import replace
-
     sets = random_real(evaluation.data, steps=1, sets=3)
     one = Training()(evaluation, sets).result
     two = Training()(replace(evaluation, workers=Workers(2)), sets).result

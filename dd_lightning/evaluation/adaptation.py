@@ -30,10 +30,10 @@ class NoAdaptation:
         common = (evaluation.networks, evaluation.stream, evaluation.pictures)
         pieces = {
             f"networks{part.start}": (evaluation.learner, part, *common)
-            for part in evaluation.chunks(evaluation.networks)
+            for part in evaluation.chunks(evaluation.networks, evaluation.stream)
         }
         results = evaluation.workers.map("testing", _test, pieces)
-        return Outcome(held_out_result(results), {}, [])
+        return Outcome(held_out_result(results), {}, [], evaluation.tested)
 
 
 def _test(learner: Learner, part: slice, networks: int, stream: Stream, pictures: Pictures) -> Result:
@@ -96,7 +96,8 @@ class FewShotAdaptation:
         pieces = {f"set{i}": (self, i, evaluation.learner, one, *common) for i, one in enumerate(sets.members)}
         results = evaluation.workers.map("adapting", adapt_one, pieces)
         details = {"sets": len(sets.members), "adversarial_weight": self.adversarial_weight, "steps": self.steps}
-        return Outcome(held_out_result(results), details, sets.members)
+        tested = min(len(sets.members), evaluation.tested)
+        return Outcome(held_out_result(results), details, sets.members, tested)
 
 
 def adapt_one(
@@ -111,7 +112,7 @@ def adapt_one(
     stream: Stream,
 ) -> Result:
     """The `index`-th held-out network before and after adaptation to a set of target images, accuracy in %."""
-    index %= learner.init.num_held_out(networks)
+    index %= learner.init.num_distinct(networks, stream)
     (weights,) = learner.held_out(networks, stream, slice(index, index + 1))
     network = copy.deepcopy(learner.network)
     before = learner.judged(stack([weights]), pictures)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dd_lightning.data import Pictures
 from dd_lightning.distilled import DistilledData, softplus_inverse
-from dd_lightning.evaluation.evaluator import CHUNK, Evaluation, Outcome, Schedule, measures_along
+from dd_lightning.evaluation.evaluator import CHUNK, SCORED, Evaluation, Outcome, Schedule, measures_along
+from dd_lightning.evaluation.heldout import count_choosing
 from dd_lightning.evaluation.learning_rates import learn_rates
 from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_count, check_positive
@@ -25,9 +26,10 @@ class Grid:
     """Images as training data with the best of all combinations of learning rate and epochs.
 
     The combinations are compared on validation pictures: with as many unseen networks as the result is of, dealt
-    over the sets; every ten networks see their own share of the pictures, so that all pictures count at the price of a
-    few. The best combination is then tested, every set on every network. What choosing on the test set would have
-    brought, as in the paper, is told as `gap`.
+    over the sets; where the init has fewer for validation, each is trained on several sets. Every ten networks see
+    their own share of the pictures, so that all pictures count at the price of a few. The best combination is then
+    tested, every set on every network. What choosing on the test set would have brought, as in the paper, is told as
+    `gap`.
 
     Args:
         learning_rates: numbers, and `learned` for rates learned for the images (`learn_rates`).
@@ -63,28 +65,29 @@ class Grid:
     def __call__(self, evaluation: Evaluation, sets: Sets) -> Outcome:
         schedules = self.schedules(evaluation, sets.members)
         combinations = [(schedule, epochs) for schedule in schedules for epochs in schedule.tested]
-        validation, test = self.compare(evaluation, sets.members, schedules)
+        pairs = dealt(evaluation, len(sets.members))
+        validation, test = self.compare(evaluation, sets.members, schedules, pairs)
         chosen, chosen_on_test = (best(means, self.least_attack_share) for means in (validation, test))
         schedule, epochs = combinations[chosen]
         kept = evaluation.best([schedule.of(one, epochs) for one in sets.members], sets.keep)
-        result = evaluation.test(kept)
+        result = evaluation.test(kept.sets)
         table = [
             {"learning_rate": s.learning_rate, "epochs": e, **row}
             for (s, e), row in zip(combinations, rows(validation, test), strict=True)
         ]
+        networks = max(part.stop for part, _ in pairs)
         details = {
-            "sets": len(kept),
+            "sets": len(kept.sets),
             "combinations": table,
             "chosen": table[chosen],
             "chosen_on_test": table[chosen_on_test],
             "gap": table[chosen_on_test]["test"] - table[chosen]["test"],
-            "learned_rates": {
-                str(s.tested[0]): torch.nn.functional.softplus(s.raw_learning_rates).tolist()
-                for s in schedules
-                if s.learning_rate == LEARNED
-            },
+            "networks_chose": networks,
+            "pictures_chose": min(len(pairs) * self.pictures, len(evaluation.data.validation)),
+            "learned_rates": learned_rates(schedules),
+            **kept.details,
         }
-        return Outcome(result, details, kept)
+        return Outcome(result, details, kept.sets, evaluation.tested, networks)
 
     def schedules(self, evaluation: Evaluation, sets: Sequence[DistilledData]) -> list[Schedule]:
         """A trajectory for every learning rate; numbers of epochs are points on it. Learned rates differ for each."""
@@ -111,21 +114,48 @@ class Grid:
         return result
 
     def compare(
-        self, evaluation: Evaluation, sets: Sequence[DistilledData], schedules: Sequence[Schedule]
+        self,
+        evaluation: Evaluation,
+        sets: Sequence[DistilledData],
+        schedules: Sequence[Schedule],
+        pairs: Sequence[tuple[slice, int]],
     ) -> tuple[Result, Result]:
-        """Mean of each measure in % for every combination, on validation and on test pictures."""
-        count = evaluation.learner.init.num_held_out(evaluation.networks)
-        size = max(1, min(CHUNK, math.ceil(count / len(sets))))
+        """Mean of each measure in % for every combination, on validation and on test pictures.
+
+        Args:
+            pairs: as in `dealt`.
+        """
         pieces = {}
-        for i, part in enumerate(evaluation.chunks(evaluation.networks, size)):
+        for i, (part, index) in enumerate(pairs):
             shares = [share(p, i, self.pictures) for p in (evaluation.data.validation, evaluation.data.test)]
             common = (part, evaluation.networks, Stream.HELD_OUT_VALIDATION, shares)
-            pieces[f"networks{part.start}"] = (evaluation.learner, schedules, sets[i % len(sets)], *common)
+            pieces[f"networks{part.start}_set{index}"] = (evaluation.learner, schedules, sets[index], *common)
         results = evaluation.workers.map("comparing", measures_along, pieces)
         names = list(next(iter(results.values())))
         means = {name: np.concatenate([r[name] for r in results.values()], axis=2).mean(2) for name in names}
         validation, test = ({name: mean[:, part] for name, mean in means.items()} for part in (0, 1))
         return validation, test
+
+
+def dealt(evaluation: Evaluation, sets: int) -> list[tuple[slice, int]]:
+    """The networks that choose a combination: parts of those for validation, and the index of the set of each.
+
+    Where there are fewer networks for validation than for the test, they are dealt again, to other sets, until as many
+    are trained.
+    """
+    init, stream = evaluation.learner.init, Stream.HELD_OUT_VALIDATION
+    count = init.num_distinct(evaluation.networks, stream)
+    count_choosing(init, min(evaluation.networks, SCORED), "the combination")
+    parts = evaluation.chunks(evaluation.networks, stream, max(1, min(CHUNK, math.ceil(count / sets))))
+    turns = min(sets, math.ceil(init.num_held_out(evaluation.networks) / count))
+    again = math.lcm(len(parts), sets)  # after so many the same pairs would come again, but for a shift
+    return [(parts[n % len(parts)], (n + n // again) % sets) for n in range(turns * len(parts))]
+
+
+def learned_rates(schedules: Sequence[Schedule]) -> dict[str, list[list[float]]]:
+    """The learning rates that were learned for each number of epochs, [epoch][step]."""
+    learned = [schedule for schedule in schedules if schedule.learning_rate == LEARNED]
+    return {str(s.tested[0]): torch.nn.functional.softplus(s.raw_learning_rates).tolist() for s in learned}
 
 
 def constant(learning_rate: float | str, epochs: int, steps: int) -> Float[Tensor, "epoch step"]:

@@ -55,9 +55,10 @@ class KNearestNeighbours:
             "chosen": table[chosen],
             "chosen_on_test": table[chosen_on_test],
             "gap": table[chosen_on_test]["test"] - table[chosen]["test"],
+            "pictures_chose": len(evaluation.data.validation),
         }
         result = (test if evaluation.split == "test" else validation)[chosen]
-        return Outcome(HeldOutResult(torch.from_numpy(result)[:, None]), details, sets.members)
+        return Outcome(HeldOutResult(torch.from_numpy(result)[:, None]), details, sets.members, networks=None)
 
 
 def accuracies(
