@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,19 @@ from dd_lightning.system.seeding import Stream
 from dd_lightning.system.workers import Result
 
 LEARNED = "learned"
+
+
+def check_different(**values: Sequence[Any]) -> None:
+    """Each must be a list of different values.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, found in values.items():
+        if isinstance(found, str) or not isinstance(found, Sequence):
+            raise ValueError(f"{name} must be a list, such as [{found}], not {found}")
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"{name} must be different values, at least one, not {list(found)}")
 
 
 class Grid:
@@ -52,12 +66,10 @@ class Grid:
         pictures: int = 500,
         least_attack_share: float = 10.0,
     ) -> None:
+        check_different(learning_rates=learning_rates, epochs=epochs)
         check_count(outer_steps=outer_steps, pictures=pictures, **{f"epochs[{i}]": e for i, e in enumerate(epochs)})
         fixed = {f"learning_rates[{i}]": rate for i, rate in enumerate(learning_rates) if rate != LEARNED}
         check_positive(step_size=step_size, **fixed)
-        for name, values in (("learning_rates", learning_rates), ("epochs", epochs)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be different values, at least one, not {list(values)}")
         self.learning_rates, self.epochs = list(learning_rates), sorted(epochs)
         self.outer_steps, self.step_size, self.pictures = outer_steps, step_size, pictures
         self.least_attack_share = least_attack_share
@@ -67,21 +79,14 @@ class Grid:
         combinations = [(schedule, epochs) for schedule in schedules for epochs in schedule.tested]
         pairs = dealt(evaluation, len(sets.members))
         validation, test = self.compare(evaluation, sets.members, schedules, pairs)
-        chosen, chosen_on_test = (best(means, self.least_attack_share) for means in (validation, test))
+        names = [{"learning_rate": schedule.learning_rate, "epochs": epochs} for schedule, epochs in combinations]
+        chosen, details = choice(names, validation, test, self.least_attack_share)
         schedule, epochs = combinations[chosen]
         kept = evaluation.best([schedule.of(one, epochs) for one in sets.members], sets.keep)
         result = evaluation.test(kept.sets)
-        table = [
-            {"learning_rate": s.learning_rate, "epochs": e, **row}
-            for (s, e), row in zip(combinations, rows(validation, test), strict=True)
-        ]
         networks = max(part.stop for part, _ in pairs)
-        details = {
+        details |= {
             "sets": len(kept.sets),
-            "combinations": table,
-            "chosen": table[chosen],
-            "chosen_on_test": table[chosen_on_test],
-            "gap": table[chosen_on_test]["test"] - table[chosen]["test"],
             "networks_chose": networks,
             "pictures_chose": min(len(pairs) * self.pictures, len(evaluation.data.validation)),
             "learned_rates": learned_rates(schedules),
@@ -182,6 +187,21 @@ def best(means: Result, least_attack_share: float = 0.0) -> int:
         moving = share >= least_attack_share
         return int(np.argmax(np.where(moving, accuracy, -1.0) if moving.any() else share))
     return int(np.argmax(accuracy))
+
+
+def choice(
+    names: Sequence[dict[str, Any]], validation: Result, test: Result, least_attack_share: float = 0.0
+) -> tuple[int, dict[str, Any]]:
+    """Which combination is the best on validation pictures, and what `result.json` says of all.
+
+    Args:
+        names: what each combination is of.
+    """
+    chosen, chosen_on_test = (best(means, least_attack_share) for means in (validation, test))
+    table = [{**name, **row} for name, row in zip(names, rows(validation, test), strict=True)]
+    gap = table[chosen_on_test]["test"] - table[chosen]["test"]
+    details = {"combinations": table, "chosen": table[chosen], "chosen_on_test": table[chosen_on_test], "gap": gap}
+    return chosen, details
 
 
 def rows(validation: Result, test: Result) -> list[dict[str, float]]:
