@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from torch import nn
 
-from dd_lightning.data import Packed, RealData
+from dd_lightning.data import Packed, Pictures, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Evaluation, FewShotAdaptation, Grid, KNearestNeighbours, Learner, Training
 from dd_lightning.evaluation.adaptation import NoAdaptation
@@ -18,6 +18,7 @@ from dd_lightning.evaluation.adversarial import Discriminator, Domains, Setting,
 from dd_lightning.evaluation.grid import best, dealt, share
 from dd_lightning.evaluation.learning_rates import learn_rates
 from dd_lightning.init import FixedInit, RandomInit
+from dd_lightning.networks import predict
 from dd_lightning.objectives import Classification, Poisoning
 from dd_lightning.sources import Sets, average_real, kmeans, random_real
 from dd_lightning.system.seeding import Stream, derive_seed
@@ -72,6 +73,20 @@ def test_kmeans_of_one_cluster_is_the_mean_and_of_all_is_the_images(data):
     (every,) = kmeans(data, steps=1, images_per_class=len(members), sets=1).members
     found = every.images[every.labels == rarest]
     assert all(is_one_of(image, found) for image in members)
+
+
+def test_kmeans_goes_on_until_it_is_a_fixed_point(packed):
+    """Pictures without clusters, which take many iterations."""
+    noise = np.random.default_rng(1).integers(0, 256, (600, 6, 6)).astype(np.uint8)
+    data = RealData(Packed(str(packed(size=6, train_images=noise, train_labels=np.arange(600) % 3)), validation=12))
+    data.setup()
+    (one,) = kmeans(data, steps=4, images_per_class=2, sets=1).members
+    for label in range(3):
+        members = data.preprocessing(data.train.images[data.train.labels == label]).flatten(1)
+        centroids = one.images[one.labels == label].flatten(1)
+        nearest = torch.cdist(members, centroids).argmin(1)
+        means = torch.stack([members[nearest == k].mean(0) for k in range(8)])
+        torch.testing.assert_close(means, centroids, rtol=1e-4, atol=1e-4)
 
 
 def test_kmeans_is_a_fixed_point_of_its_own_assignment(data):
@@ -202,6 +217,32 @@ def test_learned_rates_are_as_good_as_a_line_search():
     assert torch.equal(start.raw_learning_rates, DistilledData.create(images, start.labels, 1, 0.02).raw_learning_rates)
 
 
+def test_rates_are_learned_by_adam_with_the_papers_betas(evaluation):
+    """Adam written out: betas (0.5, 0.999), its step size along a cosine, the gradient's norm at most 1."""
+    data, learner, steps = evaluation.data, evaluation.learner, 5
+    (start,) = random_real(data, steps=2, epochs=2, learning_rate=0.3, sets=1).members
+    common = (learner.network, learner.init, learner.unroll, learner.objective, data)
+    found = learn_rates([start], *common, outer_steps=steps, step_size=0.1)["raw"]
+    raw = start.raw_learning_rates.clone()
+    first, second, late, norms = torch.zeros_like(raw), torch.zeros_like(raw), [], []
+    for step in range(steps):
+        leaf = raw.clone().requires_grad_()
+        images, labels = data.minibatch(step)
+        inner_steps = replace(start, raw_learning_rates=leaf).steps()
+        theta = learner.unroll(learner.network, learner.init.sample(learner.network, step), inner_steps)
+        loss = learner.objective(predict(learner.network, theta, images), labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        norms.append(gradient.norm().item())
+        gradient = gradient / max(1.0, norms[-1])
+        first, second = 0.5 * first + 0.5 * gradient, 0.999 * second + 0.001 * gradient**2
+        mean, square = first / (1 - 0.5 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        rate = 0.1 * (1 + np.cos(np.pi * step / steps)) / 2
+        raw = raw - rate * mean / (square.sqrt() + 1e-8)
+        late += [raw] if step >= 2 else []
+    np.testing.assert_allclose(found, torch.stack(late).mean(0).numpy(), rtol=1e-4)
+    assert min(norms) < 1 < max(norms)
+
+
 def test_learned_rates_are_a_combination_of_each_number_of_epochs(evaluation):
     sets = random_real(evaluation.data, steps=2, sets=1)
     outcome = Grid(["learned"], [1, 2], outer_steps=3)(evaluation, sets)
@@ -263,6 +304,28 @@ def test_nearest_neighbours_by_hand(evaluation, metric, p):
         distances = torch.cdist(pictures, one.images.flatten(0, 1).flatten(1), p=p)
         hits = one.labels.flatten()[distances.argmin(1)] == test.labels
         assert found.item() == pytest.approx(100 * hits.double().mean().item())
+
+
+def test_nearest_neighbours_are_chosen_on_validation_pictures(evaluation):
+    """On pictures of which one neighbour is always right for validation, and three for the test."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (400, 1, 6, 6), generator=random, dtype=torch.uint8)
+    (one,) = random_real(evaluation.data, steps=4, sets=1).members
+    pictures = evaluation.data.preprocessing(images).flatten(1)
+    distances = torch.cdist(pictures, one.images.flatten(0, 1).flatten(1))
+    nearest = one.labels.flatten()[distances.topk(3, largest=False).indices]  # [picture, neighbour]
+    alone, voted = nearest[:, 0], nearest.mode(1).values
+    clear = (nearest == voted[:, None]).sum(1) > 1  # no ties
+    images, alone, voted = images[clear], alone[clear], voted[clear]
+    evaluation.data.validation, evaluation.data.test = Pictures(images, alone), Pictures(images, voted)
+    outcome = KNearestNeighbours([1, 3], ["l2"])(evaluation, Sets([one]))
+    same = 100 * (alone == voted).double().mean().item()
+    assert same < 90
+    chosen, on_test = outcome.details["chosen"], outcome.details["chosen_on_test"]
+    assert (chosen["neighbours"], chosen["validation"], chosen["test"]) == (1, 100, pytest.approx(same))
+    assert (on_test["neighbours"], on_test["test"]) == (3, 100)
+    assert outcome.details["gap"] == pytest.approx(100 - same)
+    assert outcome.result.mean == pytest.approx(same)
 
 
 def test_pieces_of_work_are_kept_and_not_done_again(tmp_path):
