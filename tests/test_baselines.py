@@ -1,5 +1,8 @@
 """Baseline images, the grid and K-NN against closed forms and a plain loop."""
 
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +10,18 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from torch import nn
 
-from dd_lightning.data import Packed, RealData
+from dd_lightning.data import Packed, Pictures, RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.evaluation import Evaluation, Grid, KNearestNeighbours, Learner, Training
-from dd_lightning.evaluation.adaptation import Domains, FewShotAdaptation, NoAdaptation, adapt
-from dd_lightning.evaluation.grid import best, share
+from dd_lightning.evaluation import Evaluation, FewShotAdaptation, Grid, KNearestNeighbours, Learner, Training
+from dd_lightning.evaluation.adaptation import NoAdaptation
+from dd_lightning.evaluation.adversarial import Discriminator, Domains, Setting, adapt, encoder, head_of
+from dd_lightning.evaluation.grid import best, dealt, share
 from dd_lightning.evaluation.learning_rates import learn_rates
-from dd_lightning.init import RandomInit
+from dd_lightning.init import FixedInit, RandomInit
+from dd_lightning.networks import predict
 from dd_lightning.objectives import Classification, Poisoning
 from dd_lightning.sources import Sets, average_real, kmeans, random_real
-from dd_lightning.system.seeding import Stream
+from dd_lightning.system.seeding import Stream, derive_seed
 from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import FunctionalUnroll
 
@@ -68,6 +73,20 @@ def test_kmeans_of_one_cluster_is_the_mean_and_of_all_is_the_images(data):
     (every,) = kmeans(data, steps=1, images_per_class=len(members), sets=1).members
     found = every.images[every.labels == rarest]
     assert all(is_one_of(image, found) for image in members)
+
+
+def test_kmeans_goes_on_until_it_is_a_fixed_point(packed):
+    """Pictures without clusters, which take many iterations."""
+    noise = np.random.default_rng(1).integers(0, 256, (600, 6, 6)).astype(np.uint8)
+    data = RealData(Packed(str(packed(size=6, train_images=noise, train_labels=np.arange(600) % 3)), validation=12))
+    data.setup()
+    (one,) = kmeans(data, steps=4, images_per_class=2, sets=1).members
+    for label in range(3):
+        members = data.preprocessing(data.train.images[data.train.labels == label]).flatten(1)
+        centroids = one.images[one.labels == label].flatten(1)
+        nearest = torch.cdist(members, centroids).argmin(1)
+        means = torch.stack([members[nearest == k].mean(0) for k in range(8)])
+        torch.testing.assert_close(means, centroids, rtol=1e-4, atol=1e-4)
 
 
 def test_kmeans_is_a_fixed_point_of_its_own_assignment(data):
@@ -130,6 +149,43 @@ def test_the_grid_equals_training_and_testing_every_combination_by_hand(evaluati
     assert outcome.result.accuracies[:, -1].tolist() == pytest.approx(by_hand)
 
 
+class FewForValidation(RandomInit):
+    """Draws like its parent; has two networks for validation alone."""
+
+    def num_distinct(self, count, stream):
+        return min(count, 2) if stream == Stream.HELD_OUT_VALIDATION else count
+
+
+@pytest.mark.parametrize("sets", [1, 3, 10])
+@pytest.mark.parametrize(("init", "count"), [(RandomInit(), 12), (FewForValidation(), 2), (FixedInit(), 1)])
+def test_networks_that_choose_are_dealt_over_the_sets(evaluation, init, count, sets):
+    few = replace(evaluation, networks=12, learner=replace(evaluation.learner, init=init))
+    parts = dealt(few, sets)
+    pairs = [(network, index) for part, index in parts for network in range(part.start, part.stop)]
+    assert len(pairs) == len(set(pairs)) == (min(12, 2 * sets) if count == 2 else count)
+    assert {network for network, _ in pairs} == set(range(count))
+    assert len({index for _, index in pairs}) == min(sets, len(parts))
+
+
+def test_what_is_chosen_is_never_chosen_with_a_network_of_the_test(evaluation, monkeypatch):
+    """In a grid over sets of which the best are kept: every use of the networks asks for its own stream."""
+    asked = []
+    held_out = RandomInit.held_out
+    monkeypatch.setattr(
+        RandomInit, "held_out", lambda s, n, c, stream: asked.append(stream) or held_out(s, n, c, stream)
+    )
+    sets = random_real(evaluation.data, steps=1, sets=3, keep=2)
+    outcome = Grid([0.1, 0.3], [1], pictures=5)(evaluation, sets)
+    choosing = asked.index(Stream.HELD_OUT_TEST)
+    assert set(asked[:choosing]) == {Stream.HELD_OUT_VALIDATION}
+    assert set(asked[choosing:]) == {Stream.HELD_OUT_TEST}
+    assert (outcome.networks, outcome.networks_chose, outcome.details["pictures_chose"]) == (4, 4, 10)
+    assert outcome.details["sets_chosen"] == {"of": 3, "networks": 20, "training_pictures": 48}
+    asked.clear()
+    Training()(replace(evaluation, split="validation"), sets)
+    assert set(asked) == {Stream.HELD_OUT_VALIDATION}
+
+
 def test_learned_rates_are_as_good_as_a_line_search():
     """One network and one minibatch, so that a line search finds the best rate."""
 
@@ -159,6 +215,32 @@ def test_learned_rates_are_as_good_as_a_line_search():
     rates = np.geomspace(1e-3, 100, 100)
     assert loss(learned) <= min(map(loss, rates)) + 1e-3
     assert torch.equal(start.raw_learning_rates, DistilledData.create(images, start.labels, 1, 0.02).raw_learning_rates)
+
+
+def test_rates_are_learned_by_adam_with_the_papers_betas(evaluation):
+    """Adam written out: betas (0.5, 0.999), its step size along a cosine, the gradient's norm at most 1."""
+    data, learner, steps = evaluation.data, evaluation.learner, 5
+    (start,) = random_real(data, steps=2, epochs=2, learning_rate=0.3, sets=1).members
+    common = (learner.network, learner.init, learner.unroll, learner.objective, data)
+    found = learn_rates([start], *common, outer_steps=steps, step_size=0.1)["raw"]
+    raw = start.raw_learning_rates.clone()
+    first, second, late, norms = torch.zeros_like(raw), torch.zeros_like(raw), [], []
+    for step in range(steps):
+        leaf = raw.clone().requires_grad_()
+        images, labels = data.minibatch(step)
+        inner_steps = replace(start, raw_learning_rates=leaf).steps()
+        theta = learner.unroll(learner.network, learner.init.sample(learner.network, step), inner_steps)
+        loss = learner.objective(predict(learner.network, theta, images), labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        norms.append(gradient.norm().item())
+        gradient = gradient / max(1.0, norms[-1])
+        first, second = 0.5 * first + 0.5 * gradient, 0.999 * second + 0.001 * gradient**2
+        mean, square = first / (1 - 0.5 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        rate = 0.1 * (1 + np.cos(np.pi * step / steps)) / 2
+        raw = raw - rate * mean / (square.sqrt() + 1e-8)
+        late += [raw] if step >= 2 else []
+    np.testing.assert_allclose(found, torch.stack(late).mean(0).numpy(), rtol=1e-4)
+    assert min(norms) < 1 < max(norms)
 
 
 def test_learned_rates_are_a_combination_of_each_number_of_epochs(evaluation):
@@ -224,6 +306,28 @@ def test_nearest_neighbours_by_hand(evaluation, metric, p):
         assert found.item() == pytest.approx(100 * hits.double().mean().item())
 
 
+def test_nearest_neighbours_are_chosen_on_validation_pictures(evaluation):
+    """On pictures of which one neighbour is always right for validation, and three for the test."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (400, 1, 6, 6), generator=random, dtype=torch.uint8)
+    (one,) = random_real(evaluation.data, steps=4, sets=1).members
+    pictures = evaluation.data.preprocessing(images).flatten(1)
+    distances = torch.cdist(pictures, one.images.flatten(0, 1).flatten(1))
+    nearest = one.labels.flatten()[distances.topk(3, largest=False).indices]  # [picture, neighbour]
+    alone, voted = nearest[:, 0], nearest.mode(1).values
+    clear = (nearest == voted[:, None]).sum(1) > 1  # no ties
+    images, alone, voted = images[clear], alone[clear], voted[clear]
+    evaluation.data.validation, evaluation.data.test = Pictures(images, alone), Pictures(images, voted)
+    outcome = KNearestNeighbours([1, 3], ["l2"])(evaluation, Sets([one]))
+    same = 100 * (alone == voted).double().mean().item()
+    assert same < 90
+    chosen, on_test = outcome.details["chosen"], outcome.details["chosen_on_test"]
+    assert (chosen["neighbours"], chosen["validation"], chosen["test"]) == (1, 100, pytest.approx(same))
+    assert (on_test["neighbours"], on_test["test"]) == (3, 100)
+    assert outcome.details["gap"] == pytest.approx(100 - same)
+    assert outcome.result.mean == pytest.approx(same)
+
+
 def test_pieces_of_work_are_kept_and_not_done_again(tmp_path):
     done = []
 
@@ -243,8 +347,6 @@ def test_pieces_of_work_are_kept_and_not_done_again(tmp_path):
 
 @pytest.mark.slow  # starts processes
 def test_several_processes_find_what_one_finds(evaluation):
-    from dataclasses import replace
-
     sets = random_real(evaluation.data, steps=1, sets=3)
     one = Training()(evaluation, sets).result
     two = Training()(replace(evaluation, workers=Workers(2)), sets).result
@@ -282,19 +384,28 @@ def stripes(labels, left):
     return images
 
 
-def test_few_shot_adaptation_learns_a_shifted_domain(packed):
-    """The target's stripes are where the source network has learned nothing."""
-    files = {}
+@pytest.fixture
+def domains(packed):
+    """Source pictures, and real data of the target, whose stripes are where a source network has learned nothing."""
+    form, files = {"validation": 12, "mean": [0.5], "std": [0.25]}, {}
     for name in ("source", "target"):
         labels = {"train_labels": np.arange(60) % 3, "test_labels": np.arange(30) % 3}
         images = {k.replace("labels", "images"): stripes(v, name == "source") for k, v in labels.items()}
-        files[name] = str(packed(name=name, **labels, **images))
-    form = {"validation": 12, "mean": [0.5], "std": [0.25]}
-    source, target = Packed(files["source"], **form), RealData(Packed(files["target"], **form))
+        files[name] = Packed(str(packed(name=name, **labels, **images)), **form)
+    target = RealData(files["target"])
     target.setup()
+    return files["source"], target
+
+
+def perceptron(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def test_few_shot_adaptation_learns_a_shifted_domain(domains):
+    source, target = domains
     pictures, _, preprocessing, _ = source.load()
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 3))
+    network = perceptron()
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     for _ in range(50):
         loss = F.cross_entropy(network(preprocessing(pictures.images)), pictures.labels)
@@ -304,9 +415,121 @@ def test_few_shot_adaptation_learns_a_shifted_domain(packed):
     (few,) = random_real(target, steps=2, sets=1).members
     images = target.preprocessing(target.test.images)
     before = (network(images).argmax(1) == target.test.labels).double().mean()
-    domains = Domains(pictures, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
-    settings = FewShotAdaptation(source, discriminator_steps=10, steps=50, batch_size=16, learning_rate=0.01)
-    adapt(network, domains, settings, seed=0)
+    both = Domains(pictures, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
+    assert list(adapt(network, both, Setting(0.2, 0.01, 10, 16), [50], seed=0)) == [50]
     after = (network(images).argmax(1) == target.test.labels).double().mean()
     assert before < 0.6
     assert after > 0.9
+
+
+def adapted_by_hand(network, domains, weight, rate, pretrained, steps, seed):
+    """Algorithm 1 of Motiian et al. written out; G1 … G4 are 0 … 3, eight pairs of each in a step."""
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    discriminator = Discriminator(16)
+    of_network, of_discriminator = (torch.optim.Adam(m.parameters(), lr=rate) for m in (network, discriminator))
+
+    def taken_for(group, wanted):
+        first, second = (network[:-1](images) for images in domains.pairs(group, 8, random))
+        return F.cross_entropy(discriminator(first, second), torch.tensor([wanted] * 8))
+
+    def tell_apart():
+        loss = sum(taken_for(group, group) for group in range(4))
+        of_discriminator.zero_grad()
+        loss.backward()
+        of_discriminator.step()
+
+    for _ in range(pretrained):
+        tell_apart()
+    for _ in range(steps):
+        loss = weight * (taken_for(1, 0) + taken_for(3, 2))  # G2 is to be taken for G1, and G4 for G3
+        for draw in (domains.source_images, domains.target_images):
+            labels = torch.randint(3, (8,), generator=random)
+            loss = loss + F.cross_entropy(network(draw(labels, random)), labels)
+        of_network.zero_grad()
+        loss.backward()
+        of_network.step()
+        tell_apart()
+
+
+@pytest.mark.parametrize("weight", [0.2, 3.0])
+def test_few_shot_adaptation_by_hand(domains, weight):
+    source, target = domains
+    pictures, _, preprocessing, _ = source.load()
+    (few,) = random_real(target, steps=2, sets=1).members
+    both = Domains(pictures, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
+    adapted, by_hand = perceptron(), perceptron()
+    seen = []
+    for step in adapt(adapted, both, Setting(weight, 0.01, 5, 8), [0, 2, 4], seed=3):
+        seen.append(step)
+        by_hand = perceptron()
+        adapted_by_hand(by_hand, both, weight, 0.01, 5, step, seed=3)
+        for one, other in zip(adapted.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert seen == [0, 2, 4]
+
+
+class Shuffled(nn.Module):
+    """The layer of its logits is registered first, and used last."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.head, self.unused, self.body, self.scale = nn.Linear(16, 3), nn.Linear(5, 5), nn.Linear(36, 16), scale
+
+    def forward(self, x):
+        return self.scale * self.head(torch.tanh(self.body(x.flatten(1))))
+
+
+def test_the_head_is_the_last_linear_layer_in_use():
+    images, network = torch.randn(2, 1, 6, 6), Shuffled()
+    assert head_of(network, images) is network.head
+    torch.testing.assert_close(encoder(network, network.head)(images), torch.tanh(network.body(images.flatten(1))))
+    with pytest.raises(ValueError, match="logits come from a linear layer; those of Shuffled do not"):
+        head_of(Shuffled(2.0), images)
+    with pytest.raises(ValueError, match="those of Sequential do not"):
+        head_of(nn.Sequential(nn.Conv2d(1, 3, 6), nn.Flatten()), images)
+
+
+def test_few_shot_adaptation_is_chosen_on_validation_and_tested_on_other_networks(domains):
+    source, target = domains
+    learner = Learner(perceptron(), RandomInit(seed=3), FunctionalUnroll(), target.preprocessing, Classification())
+    sets = random_real(target, steps=2, sets=3)
+    use = FewShotAdaptation(source, [0.2, 1.0], [1e-6, 0.01], [20, 3], discriminator_steps=2, batch_size=8, seed=1)
+    outcome = use(Evaluation(learner, target, Workers(), networks=2), sets)
+    pictures, _, preprocessing, _ = source.load()
+
+    def accuracies(stream, weight, rate, steps, judged):
+        initial, found = list(learner.init.held_out(learner.network, 2, stream)), []
+        for i, few in enumerate(sets.members):
+            network = perceptron()
+            network.load_state_dict(initial[i % 2])
+            both = Domains(pictures, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
+            adapted_by_hand(network, both, weight, rate, 2, steps, derive_seed(1, Stream.BASELINE, i % 2))
+            hits = network(target.preprocessing(judged.images)).argmax(1) == judged.labels
+            found.append(100 * hits.double().mean().item())
+        return found
+
+    table = outcome.details["combinations"]
+    keys = ("adversarial_weight", "learning_rate", "steps")
+    assert [tuple(row[key] for key in keys) for row in table] == list(product([0.2, 1.0], [1e-6, 0.01], [3, 20]))
+    for row in table:
+        for part, judged in (("validation", target.validation), ("test", target.test)):
+            by_hand = accuracies(Stream.HELD_OUT_VALIDATION, *(row[key] for key in keys), judged)
+            assert row[part] == pytest.approx(np.mean(by_hand))
+    chosen = max(table, key=lambda row: row["validation"])
+    assert outcome.details["chosen"] == chosen
+    assert outcome.details["gap"] == pytest.approx(max(row["test"] for row in table) - chosen["test"])
+    by_hand = accuracies(Stream.HELD_OUT_TEST, *(chosen[key] for key in keys), target.test)
+    assert outcome.result.accuracies[:, 1].tolist() == pytest.approx(by_hand)
+    assert (outcome.networks, outcome.networks_chose, outcome.details["pictures_chose"]) == (2, 2, 12)
+
+
+def test_few_shot_adaptation_refuses_what_it_cannot_adapt(domains):
+    source, target = domains
+    learner = Learner(Shuffled(2.0), RandomInit(), FunctionalUnroll(), target.preprocessing, Classification())
+    with pytest.raises(ValueError, match="those of Shuffled do not"):
+        FewShotAdaptation(source)(Evaluation(learner, target, Workers()), random_real(target, steps=1))
+    with pytest.raises(ValueError, match=r"steps must be a list, such as \[1000\], not 1000"):
+        FewShotAdaptation(source, steps=1000)
+    with pytest.raises(ValueError, match=r"adversarial_weights\[0\] must be a number above 0"):
+        FewShotAdaptation(source, [0.0])

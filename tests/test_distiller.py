@@ -12,10 +12,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from dd_lightning.data import Packed, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
+from dd_lightning.evaluation.heldout import evaluate_held_out
 from dd_lightning.init import FixedInit, RandomInit
 from dd_lightning.networks import predict
 from dd_lightning.objectives import Classification
 from dd_lightning.sources import noise, real
+from dd_lightning.system.seeding import Stream
 from dd_lightning.training.callbacks import HeldOutEvaluation, LastGood, NonFiniteLossError
 from dd_lightning.unroll import FunctionalUnroll, HigherUnroll
 
@@ -103,6 +105,23 @@ def test_validation_chooses_and_the_test_set_is_not_read(packed, tmp_path):
     assert held_out.best is not None
     assert fitting.callback_metrics["heldout/accuracy_mean"] <= held_out.best["accuracy"]
     assert {"heldout/accuracy_before", "heldout/accuracy_std", "heldout/accuracy_low"} <= set(fitting.callback_metrics)
+
+
+def test_checkpoints_are_chosen_on_validation_pictures_and_networks(packed, tmp_path):
+    """The accuracy that chooses is of pictures that are neither distilled from nor tested on, with networks alike."""
+    data, distiller = build(packed())
+    data.validation.labels.copy_(2 - data.validation.labels)  # so that no other pictures have its accuracy
+    trainer(tmp_path, 8, held_out := HeldOutEvaluation(networks=3, every=8)).fit(distiller, datamodule=data)
+    accuracy = {}
+    for stream in (Stream.HELD_OUT_VALIDATION, Stream.HELD_OUT_TEST):
+        weights = list(distiller.init.held_out(distiller.network, 3, stream))
+        for name in ("train", "validation", "test"):
+            common = (distiller.distilled, getattr(data, name), data.preprocessing, FunctionalUnroll())
+            accuracy[stream, name] = evaluate_held_out(distiller.network, weights, *common).mean
+    assert held_out.best is not None
+    assert held_out.best["networks"] == 3
+    assert held_out.best["accuracy"] == pytest.approx(accuracy.pop((Stream.HELD_OUT_VALIDATION, "validation")))
+    assert all(abs(held_out.best["accuracy"] - other) > 0.5 for other in accuracy.values())
 
 
 @pytest.mark.parametrize("steps_before", [5, 9])

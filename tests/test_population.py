@@ -7,7 +7,8 @@ import torch
 from conftest import SmallNet, write_population
 from safetensors.torch import save_file
 
-from dd_lightning.init import FixedPretrainedInit, RandomPretrainedInit
+from dd_lightning.evaluation.heldout import count_choosing
+from dd_lightning.init import FixedPretrainedInit, RandomInit, RandomPretrainedInit
 from dd_lightning.init.population import HELD_OUT, TRAIN, Population, TrainedNetworks
 from dd_lightning.networks import LeNet, unstack
 from dd_lightning.system.seeding import Stream
@@ -54,8 +55,38 @@ def test_held_out_networks_are_never_sampled(population, tmp_path):
 
     assert held_out(3, Stream.HELD_OUT_TEST) == [100, 101, 102]
     assert held_out(1, Stream.HELD_OUT_VALIDATION) == [103]
-    assert sorted(held_out(200, Stream.HELD_OUT_TEST)) == [100, 101, 102, 103]
-    assert (init.num_held_out(3), init.num_held_out(200)) == (3, 4)
+    assert held_out(200, Stream.HELD_OUT_TEST) == [100, 101, 102]
+    assert held_out(200, Stream.HELD_OUT_VALIDATION) == [103]
+
+
+@pytest.mark.parametrize(("held_out", "choose", "tested"), [(2, 1, 1), (3, 1, 2), (8, 2, 6), (65, 20, 45)])
+def test_networks_that_choose_are_never_tested(tmp_path, held_out, choose, tested):
+    write_population(tmp_path / "toy", SmallNet(), (1, 6, 6), 3, held_out=held_out)
+    init, found = RandomPretrainedInit("toy", str(tmp_path), per_step=1), {}
+    for stream, count in ((Stream.HELD_OUT_VALIDATION, choose), (Stream.HELD_OUT_TEST, tested)):
+        weights = list(init.held_out(SmallNet(), 200, stream))
+        found[stream] = {int(single["fc.bias"][0]) for single in weights}
+        assert len(weights) == len(found[stream]) == count == init.num_distinct(200, stream)
+        assert init.num_distinct(1, stream) == 1
+    assert init.num_held_out(200) == tested
+    assert set.union(*found.values()) == set(range(100, 100 + held_out))
+    assert set.intersection(*found.values()) == set()
+
+
+def test_a_held_out_part_too_small_to_choose_and_to_test_is_refused(tmp_path):
+    write_population(tmp_path / "toy", SmallNet(), (1, 6, 6), 3, held_out=1)
+    with pytest.raises(ValueError, match=r"toy holds out 1 network, but one .* dd-pretrain held_out_networks=2"):
+        RandomPretrainedInit("toy", str(tmp_path), per_step=1)
+
+
+def test_fewer_networks_that_choose_than_asked_for_are_told(population, tmp_path, caplog):
+    init = RandomPretrainedInit("toy", str(tmp_path), per_step=1)
+    assert count_choosing(init, 1, "the sets") == 1
+    assert count_choosing(RandomInit(), 20, "the sets") == 20
+    assert count_choosing(FixedPretrainedInit("toy", str(tmp_path)), 20, "the sets") == 1  # one by design
+    assert caplog.messages == []
+    assert count_choosing(init, 20, "the sets") == 1
+    assert caplog.messages == ["1 network(s) for validation choose the sets, not 20: the population holds out too few"]
 
 
 def test_fixed_is_one_of_them(population, tmp_path):

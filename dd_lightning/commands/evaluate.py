@@ -91,12 +91,13 @@ def build_evaluation(cfg: DictConfig, workers: Workers) -> tuple[Evaluation, Set
 
 def write_result(cfg: DictConfig, outcome: Outcome, seconds: float, folder: Path) -> None:
     choices = HydraConfig.get().runtime.choices
+    counts = {"networks": outcome.networks, "networks_chose": outcome.networks_chose}
     content = {
         "name": cfg.name,
         "row": choices.get("row"),
         "column": choices.get("column"),
         "split": cfg.split,
-        cfg.split: outcome.result.as_dict(),
+        cfg.split: outcome.result.as_dict() | counts,
         "use": {"choice": choices.get("use"), **outcome.details},
         "seconds": seconds,
         "hardware": hardware(),
@@ -110,11 +111,9 @@ def tell(split: str, outcome: Outcome) -> None:
     """Says what came out."""
     result = outcome.result
     low, high = result.interval
-    count = len(result.accuracies)
-    if "chosen" in outcome.details:
-        chosen = ", ".join(f"{k} {v}" for k, v in outcome.details["chosen"].items() if k not in ("validation", "test"))
-        log.info(f"chosen: {chosen}; choosing on the test set would have brought {outcome.details['gap']:+.2f}")
-    log.info(f"{split} accuracy over {count} value(s): {result} (95 % interval {low:.2f} to {high:.2f})")
+    for line in outcome.lines():
+        log.info(line)
+    log.info(f"{split} accuracy over {outcome.counts}: {result} (95 % interval {low:.2f} to {high:.2f})")
     for line in result.lines():
         log.info(f"  {line}")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):

@@ -1,7 +1,7 @@
 """Sets of images scored on unseen networks, piece by piece in several processes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dd_lightning.data import Pictures, Preprocessing, RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.evaluation.heldout import HeldOutResult, judged_along
+from dd_lightning.evaluation.heldout import HeldOutResult, count_choosing, judged_along
 from dd_lightning.init import Init
 from dd_lightning.networks import Weights, confusion, stack
 from dd_lightning.objectives import Measures, Objective
@@ -90,31 +90,55 @@ class Evaluation:
     def stream(self) -> Stream:
         return Stream.HELD_OUT_TEST if self.split == "test" else Stream.HELD_OUT_VALIDATION
 
-    def chunks(self, networks: int, size: int = CHUNK) -> list[slice]:
+    @property
+    def tested(self) -> int:
+        """How many different networks the result is of."""
+        return self.learner.init.num_distinct(self.networks, self.stream)
+
+    def chunks(self, networks: int, stream: Stream, size: int = CHUNK) -> list[slice]:
         """Parts of the held-out networks that are trained at once."""
-        count = self.learner.init.num_held_out(networks)
+        count = self.learner.init.num_distinct(networks, stream)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def test(self, sets: Sequence[DistilledData]) -> HeldOutResult:
         """Every set on every network; the accuracies of all, set after set."""
         common = (self.networks, self.stream, self.pictures, self.per_step)
-        pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in self.chunks(self.networks)}
+        parts = self.chunks(self.networks, self.stream)
+        pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in parts}
         results = self.workers.map("testing", judge_sets, pieces)
         return held_out_result({str(i): _of_set(i, results) for i in range(len(sets))})
 
-    def best(self, sets: Sequence[DistilledData], keep: int | None) -> list[DistilledData]:
-        """The `keep` best sets: on 20 networks other than the tested ones and 1,024 training pictures (Section S-1)."""
+    def best(self, sets: Sequence[DistilledData], keep: int | None) -> "Best":
+        """The `keep` best sets: on 20 networks for validation and 1,024 training pictures (Section S-1)."""
         if keep is None or keep >= len(sets):
-            return list(sets)
-        train = self.data.train
+            return Best(list(sets))
+        networks = count_choosing(self.learner.init, SCORED, "the sets")
+        train, stream = self.data.train, Stream.HELD_OUT_VALIDATION
         chosen = torch.randperm(len(train), generator=generator(0, Stream.BASELINE))[:SCORE_PICTURES]
         chosen = chosen.to(train.labels.device)
         pictures = Pictures(train.images[chosen], train.labels[chosen])
-        common = (SCORED, Stream.HELD_OUT_VALIDATION, pictures, False)
-        pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in self.chunks(SCORED, 5)}
+        common = (SCORED, stream, pictures, False)
+        parts = self.chunks(SCORED, stream, 5)
+        pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in parts}
         results = self.workers.map("choosing sets", judge_sets, pieces)
         means = [held_out_result({"": _of_set(i, results)}).mean for i in range(len(sets))]
-        return [sets[i] for i in sorted(np.argsort(means)[::-1][:keep])]
+        kept = [sets[i] for i in sorted(np.argsort(means)[::-1][:keep])]
+        chose = {"of": len(sets), "networks": networks, "training_pictures": len(pictures)}
+        return Best(kept, networks, {"sets_chosen": chose})
+
+
+@dataclass(frozen=True)
+class Best:
+    """The sets that an evaluation keeps.
+
+    Attributes:
+        chose: how many networks chose them; None where all are kept.
+        details: who chose them, for `result.json`.
+    """
+
+    sets: list[DistilledData]
+    chose: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,11 +149,35 @@ class Outcome:
         result: accuracy of every set with every network.
         details: how it came about, for `result.json`.
         sets: the images that were used, with the learning rates that were used.
+        networks: how many different networks were tested; None where the use has none.
+        networks_chose: how many chose what was tested; None where none did.
     """
 
     result: HeldOutResult
     details: dict[str, Any]
     sets: list[DistilledData]
+    networks: int | None
+    networks_chose: int | None = None
+
+    @property
+    def counts(self) -> str:
+        """How much the result is of, for people."""
+        networks = "" if self.networks is None else f" from {self.networks} network(s)"
+        chose = "" if self.networks_chose is None else f", chosen with {self.networks_chose}"
+        return f"{len(self.result.accuracies)} value(s){networks}{chose}"
+
+    def lines(self) -> list[str]:
+        """What was chosen, and on what, for people."""
+        found, details = [], self.details
+        if "chosen" in details:
+            chosen = [f"{k} {v}" for k, v in details["chosen"].items() if not k.startswith(("validation", "test"))]
+            networks = f" and {details['networks_chose']} network(s)" if "networks_chose" in details else ""
+            found.append(f"chosen on {details['pictures_chose']} validation pictures{networks}: {', '.join(chosen)}")
+            found.append(f"choosing on the test set would have brought {details['gap']:+.2f}")
+        if sets := details.get("sets_chosen"):
+            on = f"{sets['training_pictures']} training pictures and {sets['networks']} network(s)"
+            found.append(f"chosen on {on}: {details['sets']} of {sets['of']} sets")
+        return found
 
 
 def held_out_result(results: dict[str, Result]) -> HeldOutResult:

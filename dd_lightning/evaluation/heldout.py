@@ -1,5 +1,6 @@
 """Held-out evaluation: train unseen networks on distilled data and test each on real pictures."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,9 +14,13 @@ from torch import Tensor, nn
 
 from dd_lightning.data import Pictures, Preprocessing
 from dd_lightning.distilled import DistilledData
+from dd_lightning.init import Init
 from dd_lightning.networks import Weights, confusion, count, stack, unstack
 from dd_lightning.objectives import Classification, Measures, Objective
+from dd_lightning.system.seeding import Stream
 from dd_lightning.unroll import Unroll
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,14 @@ def evaluate_held_out(
         on_progress(count(theta_0))
     measures = stack(_gathered(mine, world))
     return HeldOutResult(next(iter(measures.values())), measures)
+
+
+def count_choosing(init: Init, asked: int, what: str) -> int:
+    """How many unseen networks choose `what`; says so where they are fewer than asked for."""
+    there = init.num_distinct(asked, Stream.HELD_OUT_VALIDATION)
+    if there < asked and not init.fixed:
+        log.warning(f"{there} network(s) for validation choose {what}, not {asked}: the population holds out too few")
+    return there
 
 
 def _gathered(mine: list[Measures], world: int) -> list[Measures]:

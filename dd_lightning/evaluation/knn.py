@@ -9,7 +9,7 @@ import torch
 from dd_lightning.data import Pictures, Preprocessing
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation.evaluator import Evaluation, Outcome
-from dd_lightning.evaluation.grid import best, rows
+from dd_lightning.evaluation.grid import choice
 from dd_lightning.evaluation.heldout import HeldOutResult
 from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_choice, check_count
@@ -43,21 +43,11 @@ class KNearestNeighbours:
         }
         results = evaluation.workers.map("K-NN", accuracies, pieces)
         validation, test = np.stack([r["accuracy"] for r in results.values()]).transpose(2, 1, 0)  # combination, set
-        means = [{"accuracy": part.mean(1)} for part in (validation, test)]
-        chosen, chosen_on_test = map(best, means)
-        table = [
-            {"metric": metric, "neighbours": k, **row}
-            for (metric, k), row in zip(self.combinations, rows(*means), strict=True)
-        ]
-        details = {
-            "sets": len(sets.members),
-            "combinations": table,
-            "chosen": table[chosen],
-            "chosen_on_test": table[chosen_on_test],
-            "gap": table[chosen_on_test]["test"] - table[chosen]["test"],
-        }
+        names = [{"metric": metric, "neighbours": k} for metric, k in self.combinations]
+        chosen, details = choice(names, {"accuracy": validation.mean(1)}, {"accuracy": test.mean(1)})
+        details |= {"sets": len(sets.members), "pictures_chose": len(evaluation.data.validation)}
         result = (test if evaluation.split == "test" else validation)[chosen]
-        return Outcome(HeldOutResult(torch.from_numpy(result)[:, None]), details, sets.members)
+        return Outcome(HeldOutResult(torch.from_numpy(result)[:, None]), details, sets.members, networks=None)
 
 
 def accuracies(

@@ -21,11 +21,20 @@ class Init(ABC):
 
     @abstractmethod
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
-        """`count` networks that no outer step ever samples, or as many as there are."""
+        """`count` networks that no outer step ever samples, or as many as there are.
+
+        Args:
+            stream: those for validation, which choose, or those for the test; where there is more than one network,
+                they are never the same.
+        """
 
     @abstractmethod
     def num_held_out(self, count: int) -> int:
-        """How many of `count` held-out networks are distinct."""
+        """How many of `count` held-out networks for the test are distinct."""
+
+    def num_distinct(self, count: int, stream: Stream) -> int:
+        """How many of `count` held-out networks of a stream are distinct."""
+        return self.num_held_out(count)
 
     @abstractmethod
     def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:

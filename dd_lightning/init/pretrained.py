@@ -12,12 +12,15 @@ from dd_lightning.networks import Weights, stack
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream, generator
 
+CHOOSING = 20  # networks held out to choose, at most
+
 
 class RandomPretrainedInit(Init):
     """Networks sampled from a population of trained ones for every outer step (Section 3.5).
 
-    Held-out networks are those of the population's held-out part. Those for the test are taken from its start, those
-    for validation from its end: they are others where the part is large enough for both.
+    Held-out networks are those of the population's held-out part: its last networks choose, on validation pictures,
+    and its others are tested, so that no network is tested by which something was chosen. A third of them choose, at
+    least 1 and at most 20 (Section S-1).
 
     Args:
         population: its name in `populations_dir`, or the path of its folder.
@@ -26,7 +29,8 @@ class RandomPretrainedInit(Init):
         seed: of the sampling.
 
     Raises:
-        ValueError: J below 1 or above the number of networks, or a population that is not finished.
+        ValueError: J below 1 or above the number of networks, a population that is not finished, or one that holds out
+            too few networks to choose and to test.
         FileNotFoundError: there is no such population; the message names the command that makes it.
     """
 
@@ -38,6 +42,12 @@ class RandomPretrainedInit(Init):
         self._held_out = TrainedNetworks(self.population, HELD_OUT)
         if per_step > len(self._train):
             raise ValueError(f"per_step is {per_step}, but population {population} has {len(self._train)} networks")
+        if len(self._held_out) < 2:
+            raise ValueError(
+                f"population {population} holds out {len(self._held_out)} network, but one chooses and another is "
+                "tested; make at least two with dd-pretrain held_out_networks=2"
+            )
+        self._choosing = min(CHOOSING, max(1, len(self._held_out) // 3))
 
     def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
         chosen = torch.randperm(len(self._train), generator=generator(self.seed, Stream.INIT, step))[: self.per_step]
@@ -45,12 +55,15 @@ class RandomPretrainedInit(Init):
 
     def held_out(self, network: nn.Module, count: int, stream: Stream) -> Iterator[dict[str, Tensor]]:
         last = len(self._held_out) - 1
-        indices = range(self.num_held_out(count))
+        indices = range(self.num_distinct(count, stream))
         ends = stream == Stream.HELD_OUT_VALIDATION
         return (to_device_of(network, self._held_out[last - index if ends else index]) for index in indices)
 
     def num_held_out(self, count: int) -> int:
-        return min(count, len(self._held_out))
+        return min(count, len(self._held_out) - self._choosing)
+
+    def num_distinct(self, count: int, stream: Stream) -> int:
+        return min(count, self._choosing) if stream == Stream.HELD_OUT_VALIDATION else self.num_held_out(count)
 
     def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
         self.population.check(network, image_shape, num_classes)

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from dd_lightning.data import Pictures, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.evaluation.heldout import HeldOutResult, evaluate_held_out
+from dd_lightning.evaluation.heldout import HeldOutResult, count_choosing, evaluate_held_out
 from dd_lightning.report.picture import draw
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.processor import is_out_of_memory
@@ -37,7 +37,8 @@ class HeldOutEvaluation(Callback):
     first measure. Where the objective has more measures, `_before` and `_after` of each.
 
     Args:
-        networks: unseen networks per evaluation while distilling (one, where the init is fixed).
+        networks: unseen networks per evaluation while distilling, which choose the distilled data (one, where the init
+            is fixed).
         test_networks: unseen networks for the test, other ones than for validation.
         every: outer steps between evaluations.
         per_step: evaluate after every GD step, not only after the last.
@@ -46,13 +47,18 @@ class HeldOutEvaluation(Callback):
     def __init__(self, networks: int = 20, test_networks: int = 200, every: int = 500, per_step: bool = False) -> None:
         check_count(networks=networks, test_networks=test_networks, every=every)
         self.networks, self.test_networks, self.every, self.per_step = networks, test_networks, every, per_step
-        self.best: dict[str, Any] | None = None  # accuracy and distilled data; of equals, the last
+        self.best: dict[str, Any] | None = None  # accuracy, networks and distilled data; of equals, the last
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, DatasetDistiller)
+        if trainer.is_global_zero:
+            count_choosing(pl_module.init, self.networks, "the distilled data")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,7 +79,7 @@ class HeldOutEvaluation(Callback):
             logger.log_metrics(metrics, step=step)
         if self.best is None or result.mean >= self.best["accuracy"]:
             distilled = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
-            self.best = {"accuracy": result.mean, "distilled": distilled}
+            self.best = {"accuracy": result.mean, "networks": len(result.accuracies), "distilled": distilled}
         log.info(f"step {step}: held-out accuracy {result}")
 
     def test(self, module: DatasetDistiller, distilled: DistilledData, data: RealData) -> HeldOutResult:

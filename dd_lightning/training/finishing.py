@@ -29,24 +29,32 @@ class Finished:
         distilled: the best by validation; its card says the test accuracy.
         test: the accuracy on the test set.
         validation: accuracy in % by which they were chosen, if there was an evaluation.
+        networks_chose: how many networks it is of.
     """
 
     distilled: DistilledData
     test: HeldOutResult
     validation: float | None
+    networks_chose: int | None
+
+    @property
+    def tested(self) -> dict[str, Any]:
+        """The test, for `result.json` and the card."""
+        return self.test.as_dict() | {"networks_chose": self.networks_chose}
 
 
 def finish(trainer: pl.Trainer, distiller: DatasetDistiller, data: RealData) -> Finished:
     """Chooses the best distilled data by validation, and tests them once."""
     device = trainer.strategy.root_device
-    validation = load_best(trainer, distiller)
+    validation, networks_chose = load_best(trainer, distiller)
     distiller.to(device)
     distiller.network.to(device)
     data.to(device)
     held_out = of_kind(trainer, HeldOutEvaluation) or HeldOutEvaluation()
     result = held_out.test(distiller, distiller.distilled.detach(), data)
     distilled = distiller.distilled.detach().to("cpu")
-    return Finished(replace(distilled, card=distilled.card | {"accuracy": result.as_dict()}), result, validation)
+    finished = Finished(distilled, result, validation, networks_chose)
+    return replace(finished, distilled=replace(distilled, card=distilled.card | {"accuracy": finished.tested}))
 
 
 def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folder: Path, about: dict[str, Any]) -> None:
@@ -60,7 +68,7 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     draw(distilled, data.preprocessing, f"{about['name']}: {result}", folder / "distilled.png")
     resuming = of_kind(trainer, ResumeCheckpoint)
     content = about | {
-        "test": result.as_dict(),
+        "test": finished.tested,
         "validation_accuracy_mean": finished.validation,
         "learning_rates": distilled.learning_rates.tolist(),
         "outer_steps": trainer.global_step,
@@ -81,24 +89,29 @@ def tell(finished: Finished, fixed: bool, folder: Path) -> None:
         fixed: whether they are for one fixed network.
     """
     result, images = finished.test, finished.distilled.images
-    networks = f"{len(result.accuracies)} unseen network{'s' if len(result.accuracies) > 1 else ''}"
-    if fixed:
-        networks = "the fixed network"
-    count = images.shape[0] * images.shape[1]
-    log.info(f"test accuracy of {networks}, trained on {count} distilled images: {result}")
+    networks = "the fixed network" if fixed else plural(len(result.accuracies), "unseen network")
+    count, chose = images.shape[0] * images.shape[1], ""
+    if finished.networks_chose is not None:
+        others = "the same network" if fixed else plural(finished.networks_chose, "other network")
+        chose = f", chosen with {others} on validation pictures"
+    log.info(f"test accuracy of {networks}, trained on {count} distilled images{chose}: {result}")
     for line in result.lines():
         log.info(f"  {line}")
     log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
 
 
-def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> float | None:
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> tuple[float | None, int | None]:
     """Leaves in the module the distilled data of the best held-out validation accuracy.
 
     Returns:
-        That accuracy in %, if there was an evaluation.
+        That accuracy in %, and of how many networks it is, if there was an evaluation.
     """
     held_out = of_kind(trainer, HeldOutEvaluation)
     if held_out is None or held_out.best is None:
-        return None
+        return None, None
     distiller.load_state_dict(held_out.best["distilled"])
-    return held_out.best["accuracy"]
+    return held_out.best["accuracy"], held_out.best.get("networks")  # which older checkpoints do not tell
