@@ -10,9 +10,19 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
-from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum, stacked
+from dd_lightning.unroll import (
+    Adam,
+    AdjointUnroll,
+    FunctionalUnroll,
+    HigherUnroll,
+    Momentum,
+    first_gradient,
+    plain,
+    stacked,
+)
+from dd_lightning.unroll.choice import batched_gradient, single_gradient
 from dd_lightning.unroll.gradients import AutogradGradient
-from dd_lightning.unroll.layered import StackedGradient
+from dd_lightning.unroll.layered import LayeredGradient, StackedGradient
 
 ENGINES = [
     HigherUnroll,
@@ -196,11 +206,17 @@ class UnusualNet(nn.Module):
             x = x.flatten(2).relu()
         if self.kind == "weight":
             x = x * self.fc.weight
+        if self.kind == "twice":
+            x = torch.tanh(x + x)
+        if self.kind == "by name":
+            x = self.fc(input=x)
+        if self.kind == "unread":
+            torch.tanh(x)
         return self.last(x.flatten(1))
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
-@pytest.mark.parametrize("kind", ["linear of pictures", "flat part", "weight"])
+@pytest.mark.parametrize("kind", ["linear of pictures", "flat part", "weight", "twice", "by name", "unread"])
 def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
     network, theta_0, data, real = problem(UnusualNet(kind), (1, 6, 6), 4)
     if kind == "flat part":
@@ -209,6 +225,45 @@ def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
     expected = gradients(FunctionalUnroll(), network, theta_0, data, real)
     for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
         assert (one - other).norm() <= 1e-8 * other.norm()
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward", "tangent", "backward_tangent"])
+@pytest.mark.parametrize("wrong", ["error", "value"])
+@pytest.mark.parametrize(
+    ("batched", "rules", "choose"),
+    [
+        (True, stacked, batched_gradient),
+        (False, plain, single_gradient),
+        (False, stacked, first_gradient),
+    ],
+)
+def test_rules_that_fail_in_any_pass_lead_to_autograd(monkeypatch, batched, rules, choose, wrong, pass_):
+    """The derivative is tried as well as the gradient."""
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3)
+    if choose is first_gradient:
+        monkeypatch.setattr("dd_lightning.unroll.choice.PlainGradient", None)
+    right = getattr(rules.Linear, pass_)
+
+    def broken(self, w, *args):
+        if wrong == "error":
+            raise TypeError("no rule fits")
+        return right(self, [2 * w[0], *w[1:]], *args)
+
+    assert isinstance(choose(network, theta_0, data.images[0]), LayeredGradient)
+    monkeypatch.setattr(rules.Linear, pass_, broken)
+    found = choose(network, theta_0, data.images[0])
+    assert isinstance(found, AutogradGradient)
+    assert found.batched == batched
+
+
+def test_running_out_of_memory_in_a_trial_is_told(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3)
+    monkeypatch.setattr(stacked.Linear, "backward_tangent", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        batched_gradient(network, theta_0, data.images[0])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
