@@ -227,6 +227,30 @@ def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
         assert (one - other).norm() <= 1e-8 * other.norm()
 
 
+class ViewingNet(nn.Module):
+    """Takes neither images nor weights in channels last: of the activations, or of a weight."""
+
+    def __init__(self, channels: int, of: str) -> None:
+        super().__init__()
+        self.of, self.conv, self.fc = of, nn.Conv2d(channels, 4, 3, bias=False), nn.Linear(64, 3)
+
+    def forward(self, x):
+        if self.of == "activations":
+            return self.fc(self.conv(x).view(x.size(0), -1))
+        return self.fc(self.conv(x).flatten(1)) * self.conv.weight.view(-1).norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("of", ["activations", "weights"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_networks_that_take_no_other_memory_format_are_unrolled_in_theirs(engine, channels, of):
+    network, theta_0, data, real = problem(ViewingNet(channels, of), (channels, 6, 6), 3)
+    expected = gradients(HigherUnroll(), network, theta_0, data, real)
+    for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    list(engine().trajectory(network, theta_0, data.detach().steps()))
+
+
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent", "backward_tangent"])
 @pytest.mark.parametrize("wrong", ["error", "value"])
 @pytest.mark.parametrize(
