@@ -10,6 +10,8 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
+from dd_lightning.objectives import Classification
+from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import (
     Adam,
     AdjointUnroll,
@@ -20,9 +22,9 @@ from dd_lightning.unroll import (
     plain,
     stacked,
 )
-from dd_lightning.unroll.choice import batched_gradient, single_gradient
+from dd_lightning.unroll.choice import _trial, batched_gradient, single_gradient
 from dd_lightning.unroll.gradients import AutogradGradient
-from dd_lightning.unroll.layered import LayeredGradient, StackedGradient
+from dd_lightning.unroll.layered import LayeredGradient, PlainGradient, StackedGradient
 
 ENGINES = [
     HigherUnroll,
@@ -225,6 +227,57 @@ def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
     expected = gradients(FunctionalUnroll(), network, theta_0, data, real)
     for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
         assert (one - other).norm() <= 1e-8 * other.norm()
+
+
+class InPlaceNet(nn.Module):
+    """Changes its activations in place."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.fc = how, nn.Conv2d(1, 4, 3), nn.Linear(64, 3)
+        self.layer = nn.ELU(inplace=True) if how == "layer" else nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how in ("layer", "relu"):
+            y = self.layer(y)
+        if self.how == "function":
+            y = F.elu(y, inplace=True)
+        if self.how == "by position":
+            y = F.elu(y, 1.0, True)
+        if self.how == "sum":
+            y += y.mean()
+        if self.how == "read again":
+            y = torch.tanh(self.layer(y) + y)
+        return self.fc(y.flatten(1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("how", ["layer", "relu", "function", "by position", "sum", "read again"])
+def test_activations_may_be_changed_in_place(engine, how):
+    network, theta_0, data, real = problem(InPlaceNet(how), (1, 6, 6), 3)
+    images = data.images.clone()
+    expected = gradients(HigherUnroll(), network, theta_0, data, real)
+    outer = OuterLoss(Classification())(network, engine()(network, theta_0, data.steps()), *real)
+    for one, other in zip(torch.autograd.grad(outer, [data.images, data.raw_learning_rates]), expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    assert torch.equal(data.images, images)
+
+
+@pytest.mark.parametrize("layer", [nn.ELU(inplace=True), nn.LeakyReLU(inplace=True), F.elu, F.leaky_relu])
+@pytest.mark.parametrize("rules", [StackedGradient, PlainGradient])
+def test_rules_keep_activations_that_a_forward_changes_in_place(rules, layer):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            y = self[0](x)
+            return self[2](self[1](layer(y) if isinstance(layer, nn.Module) else layer(y, inplace=True)))
+
+    layers = [nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 3), *([layer] if isinstance(layer, nn.Module) else [])]
+    network, theta, data, _ = problem(Net(*layers), (1, 6, 6), 3)
+    found, expected = (_trial(g, theta, data.images[0]) for g in (rules(network), AutogradGradient(network, False)))
+    for one, other in zip(found, expected, strict=True):
+        for name, value in other.items():
+            torch.testing.assert_close(one[name], value)
 
 
 class ViewingNet(nn.Module):
