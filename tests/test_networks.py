@@ -1,5 +1,7 @@
 """The paper's networks, and the check of a user's own."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import BatchNormNet, SmallNet
@@ -12,6 +14,7 @@ from dd_lightning.networks import (
     MaxPool2d,
     check_network,
     class_name,
+    confusion,
     predict,
     stack,
 )
@@ -38,7 +41,7 @@ def test_shapes_and_sizes(network, shape, parameters):
         (LeNet(), (1, 16, 16), "does not take the data set's 1×16×16 images"),
         (LeNet(), (3, 28, 28), "does not take"),
         (LeNet(num_classes=7), (1, 28, 28), r"need \[4, 10\]"),
-        (BatchNormNet(num_classes=10), (1, 6, 6), "norm.running_mean"),
+        (BatchNormNet(num_classes=10), (1, 6, 6), "norm.running_mean.*GroupNorm or InstanceNorm instead"),
         (nn.Flatten(), (1, 6, 6), "no trainable parameters"),
     ],
 )
@@ -53,6 +56,59 @@ def test_the_check_leaves_the_network_as_it_was():
     with pytest.raises(ValueError, match="leak"):
         check_network(network, (1, 6, 6), 10)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Changing(nn.Module):
+    """Changes something in place: its images, a view of them, a weight, or what no one else has."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.fc = what, nn.Linear(36, 10)
+
+    def forward(self, x):
+        if self.what == "images":
+            x -= 0.5
+        if self.what == "view":
+            x.flatten(1).clamp_(max=9.0)  # changes none of the check's pixels
+        if self.what == "data":
+            x.data.mul_(2)
+        if self.what == "images when tested" and not self.training:
+            x.relu_()
+        if self.what == "weights":
+            self.fc.weight.div_(self.fc.weight.norm())
+        return self.fc((x * 2).relu_().flatten(1))
+
+
+@pytest.mark.parametrize("what", ["images", "view", "data", "images when tested", "weights", "own"])
+def test_networks_that_change_what_others_use_are_refused(what):
+    network = Changing(what)
+    before = network.fc.weight.clone()
+    if what == "own":
+        check_network(network, (1, 6, 6), 10)
+    else:
+        with pytest.raises(ValueError, match=r"fc\.weight" if what == "weights" else "Changing changes its images"):
+            check_network(network, (1, 6, 6), 10)
+    assert torch.equal(network.fc.weight, before)
+
+
+def test_a_network_that_looks_at_the_pictures_beside_is_told(caplog):
+    network = BatchNormNet(num_classes=10)
+    network.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    check_network(network, (1, 6, 6), 10)
+    (said,) = caplog.messages
+    assert "BatchNormNet" in said
+    assert "500 pictures at a time" in said
+    assert inspect.signature(confusion).parameters["batch_size"].default == 500
+    network.norm = nn.InstanceNorm2d(4, affine=True)
+    check_network(network, (1, 6, 6), 10)
+    check_network(LeNet(), (1, 28, 28), 10)
+    assert len(caplog.messages) == 1
+
+
+def test_a_state_that_the_first_forward_makes_is_no_training():
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    check_network(network, (1, 6, 6), 10)
+    assert network[1].in_features == 36
 
 
 def test_predict_runs_each_network_in_eval_mode():

@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SmallNet
 from torch import nn
 
@@ -28,6 +29,19 @@ class ViewingNet(nn.Module):
         return self.fc(self.conv(x).view(len(x), -1))
 
 
+class InPlaceNet(nn.Sequential):
+    """Changes its activations in place, the first ones after a narrow convolution."""
+
+    def __init__(self, *after):
+        super().__init__(nn.Conv2d(3, 4, 3), *after, nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+class Adding(nn.Module):
+    def forward(self, x):
+        x += 1
+        return F.relu(x, inplace=True)
+
+
 def real(channels, size, classes, dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(12, channels, size, size, generator=generator).to(device, dtype)
@@ -36,7 +50,8 @@ def real(channels, size, classes, dtype=torch.float64, device="cpu"):
 
 @pytest.mark.parametrize(
     ("network", "shape", "classes"),
-    [(LeNet(1, 16, 4), (1, 16), 4), (SmallNet(3, 8, 5), (3, 8), 5), (ViewingNet(), (3, 8), 5)],
+    [(LeNet(1, 16, 4), (1, 16), 4), (SmallNet(3, 8, 5), (3, 8), 5), (ViewingNet(), (3, 8), 5)]
+    + [(InPlaceNet(layer), (3, 8), 5) for layer in (nn.LeakyReLU(inplace=True), nn.ReLU(inplace=True), Adding())],
 )
 def test_loss_and_gradient_are_those_of_a_plain_graph(network, shape, classes):
     network = network.double()

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, forward_each, predict, stem_of, unstack
+from dd_lightning.networks import AlexCifarNet, LeNet, forward_each, predict, stack, stem_of, unstack
 
 
 class Net(nn.Module):
@@ -17,10 +18,13 @@ class Net(nn.Module):
         self.kind = kind
         self.first = nn.Conv2d(2, 6, 3, padding=1, padding_mode="reflect" if kind == "reflect" else "zeros", bias=False)
         self.norm = nn.GroupNorm(2, 6)
+        self.in_place = nn.LeakyReLU(inplace=True)
         self.second = nn.Conv2d(6, 6, 3)
         self.last = nn.Linear(6, 4)
         if kind == "tied":
             self.again = self.first
+        if kind == "parametrized":
+            weight_norm(self.first)
         if kind == "unused":
             self.spare = nn.Linear(2, 2)
 
@@ -28,6 +32,13 @@ class Net(nn.Module):
         y = self.first(x)
         if self.kind == "residual":
             y = y + F.relu(y)
+        if self.kind == "in place":
+            y = self.in_place(y)
+        if self.kind == "in place later":
+            y = F.relu(y, inplace=True)
+            y += 1
+        if self.kind == "in place, read again":
+            y = F.relu(y, inplace=True) + y
         if self.kind == "images twice":
             y = y + x.mean(1, keepdim=True)
         if self.kind == "python" and y.mean() > 100:
@@ -45,6 +56,10 @@ class Net(nn.Module):
         (Net("reflect"), True),
         (Net("norm first"), True),
         (Net("residual"), True),
+        (Net("in place"), False),
+        (Net("in place later"), True),
+        (Net("in place, read again"), False),
+        (Net("parametrized"), False),
         (Net("images twice"), False),
         (Net("python"), False),
         (Net("tied"), False),
@@ -55,7 +70,8 @@ class Net(nn.Module):
 )
 def test_networks_through_their_stem_give_the_same_logits(network, has_stem):
     network = network.eval()
-    weights = RandomInit(per_step=7).sample(network, 0)
+    own = {name: value.detach() for name, value in network.named_parameters()}
+    weights = stack([{n: v + 0.1 * v.std() * torch.randn_like(v) for n, v in own.items()} for _ in range(7)])
     images = torch.randn(5, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     assert (stem_of(network, images, torch.contiguous_format) is not None) == has_stem
     torch.testing.assert_close(predict(network, weights, images), forward_each(network, weights, images))

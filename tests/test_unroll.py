@@ -10,9 +10,21 @@ from torch.func import functional_call
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
-from dd_lightning.unroll import Adam, AdjointUnroll, FunctionalUnroll, HigherUnroll, Momentum, stacked
+from dd_lightning.objectives import Classification
+from dd_lightning.outer import OuterLoss
+from dd_lightning.unroll import (
+    Adam,
+    AdjointUnroll,
+    FunctionalUnroll,
+    HigherUnroll,
+    Momentum,
+    first_gradient,
+    plain,
+    stacked,
+)
+from dd_lightning.unroll.choice import _trial, batched_gradient, single_gradient
 from dd_lightning.unroll.gradients import AutogradGradient
-from dd_lightning.unroll.layered import StackedGradient
+from dd_lightning.unroll.layered import LayeredGradient, PlainGradient, StackedGradient
 
 ENGINES = [
     HigherUnroll,
@@ -196,11 +208,17 @@ class UnusualNet(nn.Module):
             x = x.flatten(2).relu()
         if self.kind == "weight":
             x = x * self.fc.weight
+        if self.kind == "twice":
+            x = torch.tanh(x + x)
+        if self.kind == "by name":
+            x = self.fc(input=x)
+        if self.kind == "unread":
+            torch.tanh(x)
         return self.last(x.flatten(1))
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
-@pytest.mark.parametrize("kind", ["linear of pictures", "flat part", "weight"])
+@pytest.mark.parametrize("kind", ["linear of pictures", "flat part", "weight", "twice", "by name", "unread"])
 def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
     network, theta_0, data, real = problem(UnusualNet(kind), (1, 6, 6), 4)
     if kind == "flat part":
@@ -209,6 +227,120 @@ def test_unusual_networks_are_differentiated_by_autograd(engine, kind):
     expected = gradients(FunctionalUnroll(), network, theta_0, data, real)
     for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
         assert (one - other).norm() <= 1e-8 * other.norm()
+
+
+class InPlaceNet(nn.Module):
+    """Changes its activations in place."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.fc = how, nn.Conv2d(1, 4, 3), nn.Linear(64, 3)
+        self.layer = nn.ELU(inplace=True) if how == "layer" else nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how in ("layer", "relu"):
+            y = self.layer(y)
+        if self.how == "function":
+            y = F.elu(y, inplace=True)
+        if self.how == "by position":
+            y = F.elu(y, 1.0, True)
+        if self.how == "sum":
+            y += y.mean()
+        if self.how == "read again":
+            y = torch.tanh(self.layer(y) + y)
+        return self.fc(y.flatten(1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("how", ["layer", "relu", "function", "by position", "sum", "read again"])
+def test_activations_may_be_changed_in_place(engine, how):
+    network, theta_0, data, real = problem(InPlaceNet(how), (1, 6, 6), 3)
+    images = data.images.clone()
+    expected = gradients(HigherUnroll(), network, theta_0, data, real)
+    outer = OuterLoss(Classification())(network, engine()(network, theta_0, data.steps()), *real)
+    for one, other in zip(torch.autograd.grad(outer, [data.images, data.raw_learning_rates]), expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    assert torch.equal(data.images, images)
+
+
+@pytest.mark.parametrize("layer", [nn.ELU(inplace=True), nn.LeakyReLU(inplace=True), F.elu, F.leaky_relu])
+@pytest.mark.parametrize("rules", [StackedGradient, PlainGradient])
+def test_rules_keep_activations_that_a_forward_changes_in_place(rules, layer):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            y = self[0](x)
+            return self[2](self[1](layer(y) if isinstance(layer, nn.Module) else layer(y, inplace=True)))
+
+    layers = [nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 3), *([layer] if isinstance(layer, nn.Module) else [])]
+    network, theta, data, _ = problem(Net(*layers), (1, 6, 6), 3)
+    found, expected = (_trial(g, theta, data.images[0]) for g in (rules(network), AutogradGradient(network, False)))
+    for one, other in zip(found, expected, strict=True):
+        for name, value in other.items():
+            torch.testing.assert_close(one[name], value)
+
+
+class ViewingNet(nn.Module):
+    """Takes neither images nor weights in channels last: of the activations, or of a weight."""
+
+    def __init__(self, channels: int, of: str) -> None:
+        super().__init__()
+        self.of, self.conv, self.fc = of, nn.Conv2d(channels, 4, 3, bias=False), nn.Linear(64, 3)
+
+    def forward(self, x):
+        if self.of == "activations":
+            return self.fc(self.conv(x).view(x.size(0), -1))
+        return self.fc(self.conv(x).flatten(1)) * self.conv.weight.view(-1).norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("of", ["activations", "weights"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_networks_that_take_no_other_memory_format_are_unrolled_in_theirs(engine, channels, of):
+    network, theta_0, data, real = problem(ViewingNet(channels, of), (channels, 6, 6), 3)
+    expected = gradients(HigherUnroll(), network, theta_0, data, real)
+    for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    list(engine().trajectory(network, theta_0, data.detach().steps()))
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward", "tangent", "backward_tangent"])
+@pytest.mark.parametrize("wrong", ["error", "value"])
+@pytest.mark.parametrize(
+    ("batched", "rules", "choose"),
+    [
+        (True, stacked, batched_gradient),
+        (False, plain, single_gradient),
+        (False, stacked, first_gradient),
+    ],
+)
+def test_rules_that_fail_in_any_pass_lead_to_autograd(monkeypatch, batched, rules, choose, wrong, pass_):
+    """The derivative is tried as well as the gradient."""
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3)
+    if choose is first_gradient:
+        monkeypatch.setattr("dd_lightning.unroll.choice.PlainGradient", None)
+    right = getattr(rules.Linear, pass_)
+
+    def broken(self, w, *args):
+        if wrong == "error":
+            raise TypeError("no rule fits")
+        return right(self, [2 * w[0], *w[1:]], *args)
+
+    assert isinstance(choose(network, theta_0, data.images[0]), LayeredGradient)
+    monkeypatch.setattr(rules.Linear, pass_, broken)
+    found = choose(network, theta_0, data.images[0])
+    assert isinstance(found, AutogradGradient)
+    assert found.batched == batched
+
+
+def test_running_out_of_memory_in_a_trial_is_told(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3)
+    monkeypatch.setattr(stacked.Linear, "backward_tangent", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        batched_gradient(network, theta_0, data.images[0])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

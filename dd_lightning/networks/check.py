@@ -1,9 +1,17 @@
 """Which networks can be distilled for."""
 
-import torch
-from torch import Tensor, nn
+import logging
+from contextlib import AbstractContextManager
 
-from dd_lightning.networks.modes import training_without_dropout
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dd_lightning.networks.confusion import BATCH
+from dd_lightning.networks.modes import evaluating, training_without_dropout
+
+log = logging.getLogger(__name__)
 
 
 def check_network(network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -13,35 +21,63 @@ def check_network(network: nn.Module, image_shape: tuple[int, int, int], num_cla
         image_shape: (channels, height, width) of the data set's images.
 
     Raises:
-        ValueError: the network does not take these images, does not return one logit per class, has state that
-            training changes (such as BatchNorm's running statistics), or is random in training.
+        ValueError: the network does not take these images, does not return one logit per class, changes its images
+            or its own state (such as BatchNorm's running statistics), or is random in training.
     """
     name = type(network).__name__
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError(f"network {name} has no trainable parameters")
     like = next(network.parameters())
-    shape = "×".join(map(str, image_shape))
-    before = {key: value.clone() for key, value in network.named_buffers()}
-    images = torch.linspace(-1, 1, 4 * image_shape[0] * image_shape[1] * image_shape[2])
-    images = images.reshape(4, *image_shape).to(like.device, like.dtype)
-    with torch.no_grad(), training_without_dropout(network):
-        try:
-            logits = network(images)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"network {name} does not take the data set's {shape} images: {message}") from error
-        again = network(images)
-    changed = [key for key, value in network.named_buffers() if not torch.equal(value, before[key])]
-    network.load_state_dict(before, strict=False)
-    if not isinstance(logits, Tensor) or logits.shape != (4, num_classes):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"network {name} returns {got} for 4 images; the data set's {num_classes} classes need [4, {num_classes}]"
-        )
+    images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    before = {key: value.clone() for key, value in _state(network).items() if not is_lazy(value)}
+    logits, again = (_logits(network, images, training_without_dropout(network)) for _ in range(2))
+    many, few = (_logits(network, part, evaluating(network)) for part in (images, images[:2]))
+    changed = [key for key, value in _state(network).items() if not torch.equal(value, before.get(key, value))]
+    for key in changed:
+        _state(network)[key].data = before[key]
+    for found in (logits, many):
+        if not isinstance(found, Tensor) or found.shape != (4, num_classes):
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            need = f"[4, {num_classes}]"
+            raise ValueError(
+                f"network {name} returns {got} for 4 images; the data set's {num_classes} classes need {need}"
+            )
     if changed:
         raise ValueError(
-            f"network {name} keeps state that training changes ({', '.join(changed[:3])}), which would leak from one "
-            "sampled network to the next; use GroupNorm, or BatchNorm with track_running_stats=False"
+            f"network {name} keeps state that its forward changes ({', '.join(changed[:3])}), which would leak from "
+            "one sampled network to the next; use GroupNorm or InstanceNorm instead of BatchNorm"
         )
     if not torch.equal(logits, again):
         raise ValueError(f"network {name} is random in train mode; switch its randomness off")
+    if not torch.allclose(many[:2], few, rtol=1e-2, atol=1e-3):
+        log.warning(
+            f"what network {name} predicts for a picture depends on the others beside it, such as by BatchNorm without "
+            f"running statistics: tests take {BATCH} pictures at a time, and hold for that alone; use GroupNorm or "
+            "InstanceNorm instead"
+        )
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _logits(
+    network: nn.Module, images: Float[Tensor, "batch c h w"], mode: AbstractContextManager[None]
+) -> Float[Tensor, "batch classes"]:
+    """What the network returns for images that it leaves as they are.
+
+    Raises:
+        ValueError: it does not take them, or changes them.
+    """
+    name, shape, own = type(network).__name__, "×".join(map(str, images.shape[1:])), images.clone()
+    with torch.no_grad(), mode:
+        try:
+            logits, changes = network(own), own._version
+        except Exception as error:  # whatever a user's forward raises
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"network {name} does not take the data set's {shape} images: {message}") from error
+    if changes or not torch.equal(own, images):
+        raise ValueError(
+            f"network {name} changes its images in place, which every step shares; make it copy them first"
+        )
+    return logits

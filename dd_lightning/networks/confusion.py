@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dd_lightning.networks.weights import Weights, predict
 
+BATCH = 500  # pictures that are tested at a time
+
 Confusion = Int[Tensor, "*networks true predicted"]  # pictures of each true class that are predicted as each class
 
 
@@ -17,7 +19,7 @@ def confusion(
     images: UInt8[Tensor, "n c h w"],
     labels: Int[Tensor, " n"],
     preprocessing: Callable[[Tensor], Tensor],
-    batch_size: int = 500,
+    batch_size: int = BATCH,
 ) -> Int[Tensor, "init true predicted"]:
     """Predictions of the J networks for all pictures, in batches small enough that memory is used again."""
     counts = []

@@ -77,12 +77,20 @@ def stem_of(network: nn.Module, images: Float[Tensor, "batch c h w"], format: to
 def _split(network: nn.Module, images: Tensor, format: torch.memory_format) -> Stem | None:
     try:
         graph = Tracer().trace(network)
+        stem = _cut(network, graph, format)
+        return stem if stem is not None and _same(stem, network, images) else None
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a forward in ordinary Python, which may do anything with what it is traced by
         return None
+
+
+def _cut(network: nn.Module, graph: fx.Graph, format: torch.memory_format) -> Stem | None:
     modules = dict(network.named_modules())
     image, convolution = list(graph.nodes)[:2]
     module = modules.get(str(convolution.target))
-    if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.out_channels > LANES // 2:
+    # Of a subclass, or a parametrized one, the weights alone do not say what it computes.
+    if type(module) is not nn.Conv2d or module.groups != 1 or module.out_channels > LANES // 2:
         return None
     if set(image.users) != {convolution}:
         return None
@@ -99,13 +107,19 @@ def _split(network: nn.Module, images: Tensor, format: torch.memory_format) -> S
         copies[node] = tail_graph.node_copy(node, copies.__getitem__)
     rest_of_stem, tail = (fx.GraphModule(network, part) for part in (stem_graph, tail_graph))
     stem = Stem(str(convolution.target), module, rest_of_stem, tail, format)
+    used = [*stem.names, *dict(tail.named_parameters())]
+    # None where both parts use a weight, or neither.
+    return stem if sorted(used) == sorted(name for name, _ in network.named_parameters()) else None
+
+
+def _same(stem: Stem, network: nn.Module, images: Tensor) -> bool:
+    """Whether the two parts are the network, and the tail leaves what it takes as it is."""
     own = dict(network.named_parameters())
-    if sorted([*stem.names, *dict(tail.named_parameters())]) != sorted(own):
-        return None  # weights that both parts use, or none
     with torch.no_grad():
         features = stem({name: own[name][None] for name in stem.names}, images)
-        same = torch.allclose(stem.tail(features), network(images), rtol=1e-4, atol=1e-5)
-    return stem if same else None
+        changes = features._version
+        logits = stem.tail(features)
+        return features._version == changes and torch.allclose(logits, network(images), rtol=1e-4, atol=1e-5)
 
 
 def _channelwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

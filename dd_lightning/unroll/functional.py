@@ -14,17 +14,21 @@ from dd_lightning.unroll.interface import GraphUnroll, Single, Step
 class FunctionalUnroll(GraphUnroll):
     """Unrolls with `torch.func.functional_call`: `higher` without its copies.
 
-    On a CPU images and weights are in the memory format that convolutions are fastest in.
+    On a CPU images and weights are in the memory format that convolutions are fastest in, where the network takes it.
     """
 
     def unroll(
         self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
     ) -> Iterator[Single]:
-        theta = _leaves({name: channels_last(weight) for name, weight in theta_0.items()})
+        steps = list(steps)
+        format = memory_format(network, steps[0][0])
+        if format == torch.channels_last:
+            theta_0 = {name: channels_last(weight) for name, weight in theta_0.items()}
+        theta = _leaves(theta_0)
         state = self.optimizer.init(theta)
         for images, labels, rate in steps:
             with torch.enable_grad():
-                images = images.to(memory_format=memory_format(network, images))
+                images = images.to(memory_format=format)
                 loss = F.cross_entropy(functional_call(network, theta, (images,)), labels)
                 gradients = torch.autograd.grad(
                     loss, list(theta.values()), create_graph=differentiable, materialize_grads=True

@@ -44,7 +44,8 @@ class LayeredGradient(StepGradient):
                 if layer is None:
                     activation[node] = activation[node.all_input_nodes[0]]
                     continue
-                self._layers.append((layer, [activation[n] for n in node.all_input_nodes]))
+                # By argument: `all_input_nodes` names what is taken twice, as in y + y, once.
+                self._layers.append((layer, [activation[n] for n in node.args if isinstance(n, fx.Node)]))
                 activation[node] = len(self._layers)
 
     def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:

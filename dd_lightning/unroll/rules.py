@@ -27,7 +27,9 @@ def rule(node: fx.Node, modules: dict[str, nn.Module], rules: ModuleType) -> Lay
             raise UnsupportedLayerError("a sum with a number")
         if node.target in layers.ELEMENTWISE and not options:
             function = layers.ELEMENTWISE[node.target]
-            return layers.Differentiated(partial(function, **node.kwargs) if node.kwargs else function)
+            # What a layer takes is kept for its other passes, and never changed in place.
+            kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+            return layers.Differentiated(partial(function, **kwargs) if kwargs else function)
         if node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, torch.flatten):
             return _function_rule(node.target, options, node.kwargs, rules)
         raise UnsupportedLayerError(getattr(node.target, "__name__", str(node.target)))
@@ -72,5 +74,6 @@ def _module_rule(name: str, module: nn.Module, rules: ModuleType) -> Layer | Non
         case nn.modules.dropout._DropoutNd() | nn.Identity():
             return None  # dropout is off everywhere (Section S-1)
         case _ if type(module) in layers.ELEMENTWISE_MODULES:
-            return layers.Differentiated(module)
+            inplace = getattr(module, "inplace", False)
+            return layers.Differentiated((lambda x: module(x.clone())) if inplace else module)
     raise UnsupportedLayerError(f"{name} ({type(module).__name__})")
