@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_population
+from conftest import SmallNet, write_population
 from safetensors.torch import save_file
 
 from dd_lightning import AlexCifarNet, DistilledData, LeNet
@@ -101,13 +101,18 @@ def test_resume_goes_on_and_refuses_another_config(run):
 
 @pytest.mark.parametrize("kind", ["fixed", "random"])
 def test_pretrain_then_poison_then_evaluate(run, kind, tmp_path):
-    here = (*TOY[:5], "name=toy", "networks=3", "held_out_networks=2", "workers=1", "recipe.epochs=5", "recipe.lr=0.01")
+    here = (*TOY[:5], "name=toy", "networks=3", "held_out_networks=6", "workers=1", "recipe.epochs=5", "recipe.lr=0.01")
     assert run("pretrain", *here)[:2] == (0, "")
     poison = (f"init={kind}_pretrained", "init.population=toy", "objective=poisoning", "init.per_step=1")
-    code, error, folder = run("distill", *SHORT, *poison, "callbacks.held_out.networks=1")
+    code, error, folder = run("distill", *SHORT, *poison, "callbacks.held_out.networks=3")
     assert (code, error) == (0, "")
+    log = (folder / "dd-distill.log").read_text()
+    tested, chose = ("the fixed", "the same network") if kind == "fixed" else ("4 unseen", "2 other networks")
+    assert f"test accuracy of {tested} network" in log
+    assert f"distilled images, chosen with {chose} on validation pictures: " in log
+    assert ("2 network(s) for validation choose the distilled data, not 3" in log) == (kind == "random")
     test = json.loads((folder / "result.json").read_text())["test"]
-    assert (test["networks"], test["networks_chose"]) == (1, 1)
+    assert (test["networks"], test["networks_chose"]) == ((1, 1) if kind == "fixed" else (4, 2))
     assert test["measures"]["accuracy_modified_labels"]["after"] == test["accuracy_mean"]
     assert test["measures"]["accuracy_true_labels"]["before"] > 60
     assert {"attack_share", "accuracy_class_0", "accuracy_class_2"} < set(test["measures"])
@@ -125,6 +130,39 @@ def test_pretrain_then_poison_then_evaluate(run, kind, tmp_path):
     code, error, again = run("evaluate", *where)
     assert (code, error) == (0, "")
     assert json.loads((again / "result.json").read_text())["test"] == test
+
+
+FEW_SHOT = "use=few_shot_adaptation +dataset@source=packed source.path=toy.npz source.validation=10 use.steps=[1,2]"
+COUNTED = {  # networks tested, networks and pictures that chose
+    "use=training": (4, None, None),
+    "use=grid use.epochs=[1,2] use.learning_rates=[0.1,0.3] use.pictures=2": (4, 2, 8),
+    "use=knn": (None, None, 10),
+    FEW_SHOT: (3, 2, 10),
+    "use=no_adaptation": (4, None, None),
+    "use=training +distilled.keep=2": (4, 2, None),
+    "use=training split=validation": (2, None, None),
+}
+
+
+@pytest.mark.parametrize("use", COUNTED)
+def test_results_say_how_many_networks_tested_and_chose(run, use, tmp_path):
+    write_population(tmp_path / "populations" / "toy", SmallNet(image_size=12), (1, 12, 12), 3, held_out=6)
+    sets = (
+        "init=random_pretrained",
+        "init.population=toy",
+        "init.per_step=1",
+        "distilled=random_real",
+        "distilled.sets=3",
+    )
+    code, error, folder = run("evaluate", *TOY[:5], *sets, "distilled.steps=1", *use.split())
+    assert (code, error) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    found = result["validation" if "split=validation" in use else "test"]
+    assert (found["networks"], found["networks_chose"], result["use"].get("pictures_chose")) == COUNTED[use]
+    log = (folder / "dd-evaluate.log").read_text()
+    assert (f"from {found['networks']} network(s)" in log) == (found["networks"] is not None)
+    assert (f"chosen with {found['networks_chose']}" in log) == (found["networks_chose"] is not None)
+    assert ("chosen on 50 training pictures and 2 network(s): 2 of 3 sets" in log) == ("keep" in use)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -19,15 +19,17 @@ from dd_lightning.report.tables import latex, make_table, markdown
 GREY = {"channels": 1, "image_size": 28, "mean": [0.1], "std": [0.3]}
 
 
-def write_run(folder, accuracies, name="evaluate", row=None, column=None, seed=0, images=0, measures=None, **config):
-    """A run's folder as the commands leave it, with made-up accuracies."""
+def write_run(
+    folder, accuracies, name="evaluate", row=None, column=None, seed=0, images=0, measures=None, counts=None, **config
+):
+    """A run's folder as the commands leave it, with made-up accuracies; `counts` of networks, which old ones lack."""
     (folder / ".hydra").mkdir(parents=True)
     test = {"accuracies": accuracies, "accuracy_mean": sum(accuracies) / len(accuracies), "accuracy_std": 0.0}
     result = {
         "name": name,
         "row": row,
         "column": column,
-        "test": test | {"accuracy_before": 10.0, "measures": measures or {}},
+        "test": test | {"accuracy_before": 10.0, "measures": measures or {}} | (counts or {}),
         "hardware": "made up CPU, 1 thread(s)",
         "versions": {"python": "3.11", "torch": "2.15"},
         "seconds": 90.0,
@@ -59,9 +61,12 @@ def write_everything(runs):
                 values = [cell["mean"] - 2, cell["mean"] + 3]
                 name = cell.get("experiment", "evaluate")
                 place = {} if "experiment" in cell else {"row": row, "column": column}
-                write_run(runs / f"{row}_{column}", values[: 2 if "std" in cell else 1], name, images=2, **place)
+                counts = {"networks": 8, "networks_chose": 2} if column in ("kmeans", "random") else None
+                values = values[: 2 if "std" in cell else 1]
+                write_run(runs / f"{row}_{column}", values, name, images=2, counts=counts, **place)
     for entry in paper["images"].values():
-        write_run(runs / entry["experiment"] / "1", [93.0], entry["experiment"], images=1)
+        counts = {"networks": 1, "networks_chose": 1}
+        write_run(runs / entry["experiment"] / "1", [93.0], entry["experiment"], images=1, counts=counts)
     for i, steps in enumerate((2, 5, 10)):
         mnist = {"dataset": {"name": "mnist"}}
         common = {"name": "fig4a_steps", "distilled": {"steps": steps, "epochs": 2}, **mnist}
@@ -89,7 +94,8 @@ def test_runs_of_other_seeds_are_taken_together_and_those_of_other_settings_are_
 
 
 def test_a_table_holds_ours_beside_the_papers(tmp_path):
-    write_run(tmp_path / "a", [76.0, 80.0], row="mnist", column="kmeans")
+    counts = {"networks": 200, "networks_chose": 20}
+    write_run(tmp_path / "a", [76.0, 80.0], row="mnist", column="kmeans", counts=counts)
     write_run(tmp_path / "b", [95.0], "table1_mnist_fixed")
     table = make_table("table1", yaml.safe_load(PAPER.read_text())["tables"]["table1"], find_runs([tmp_path]))
     cell = table.cells["mnist", "kmeans"]
@@ -99,11 +105,26 @@ def test_a_table_holds_ours_beside_the_papers(tmp_path):
     text = markdown(table)
     line = next(line for line in text.splitlines() if line.startswith("| k-means |"))
     empty = "`dd-evaluate sweep=table1_baselines row=cifar10 column=kmeans`"
-    assert line == f"| k-means | 78.0 ± 2.8 | 76.4 ± 9.5 | +1.6 | {empty} | 22.5 ± 3.1 |  |"
+    assert line == f"| k-means | 78.0 ± 2.8 | 76.4 ± 9.5 | +1.6 | 200 (20 chose) | {empty} | 22.5 ± 3.1 |  |  |"
+    assert "Networks: how many were tested, and in brackets how many others chose" in text
     tex = latex(table)
-    assert r"k-means & 78.0 $\pm$ 2.8 & 76.4 $\pm$ 9.5 & +1.6 &  & 22.5 $\pm$ 3.1 &  \\" in tex
+    assert r"k-means & 78.0 $\pm$ 2.8 & 76.4 $\pm$ 9.5 & +1.6 & 200 (20 chose) &  & 22.5 $\pm$ 3.1 &  &  \\" in tex
     assert "% cifar10, kmeans is missing: dd-evaluate" in tex
-    assert all(line.count("&") == 6 for line in tex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
+    assert all(line.count("&") == 8 for line in tex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
+
+
+def test_counts_of_networks_are_shown_where_they_are_known():
+    """Results of before have no `networks_chose`, and those of sets count values as networks."""
+
+    def text(test, **result):
+        return Measured([Run("", {"test": test, **result})]).networks_text
+
+    assert text({"networks": 6, "networks_chose": 2}, use={}) == "6 (2 chose)"
+    assert text({"networks": 6, "networks_chose": None}, use={}) == "6"
+    assert text({"networks": None, "networks_chose": None}, use={}) == ""  # K-NN
+    assert text({"networks": 200}) == "200"  # an older run of dd-distill
+    assert text({"networks": 2000}, use={}) == ""  # an older run of dd-evaluate
+    assert text({}) == ""
 
 
 def test_the_papers_numbers_are_the_papers():
@@ -178,7 +199,8 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
     with (folder / "table2.csv").open() as file:
         rows = {(r["row"], r["column"]): r for r in csv.DictReader(file)}
     assert float(rows["m2u", "kmeans"]["difference"]) == pytest.approx(0.5)
-    assert rows["s2m", "kmeans"]["mean"] == ""
+    assert (rows["m2u", "kmeans"]["networks"], rows["m2u", "kmeans"]["networks_chose"]) == ("8", "2")
+    assert rows["m2u", "random_real"]["networks_chose"] == rows["s2m", "kmeans"]["mean"] == ""
     text = (folder / "report.html").read_text()
     checker = Checker()
     checker.feed(text)
@@ -189,6 +211,9 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
     assert {link[1:] for link in checker.links} <= set(checker.ids)
     assert "://" not in text
     assert "dd-evaluate sweep=table2_baselines row=s2m column=kmeans" in text
+    assert "<td>8 (2 chose)</td>" in text
+    assert "<dt>Networks</dt><dd>8 (2 chose)</dd>" in text
+    assert "Networks: 1 (1 chose).</figcaption>" in text
     assert "learning rate learned, epochs 3; chosen on the test set: +0.4" in text
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from dd_lightning.report.figures import Figure
-from dd_lightning.report.runs import Run
-from dd_lightning.report.tables import Table
+from dd_lightning.report.runs import Measured, Run
+from dd_lightning.report.tables import NOTE, Table
 
 
 def page(tables: list[Table], figures: list[Figure], count: int) -> str:
@@ -36,9 +36,17 @@ def page(tables: list[Table], figures: list[Figure], count: int) -> str:
         total=len(cells),
         chosen=chosen,
         seconds=seconds,
+        networks=networks,
+        note=NOTE,
         count=count,
         version=version("dd_lightning"),
     )
+
+
+def networks(figure: Figure) -> str:
+    """How many networks were tested and how many chose, in the runs of a figure."""
+    texts = {Measured([run]).networks_text for run in figure.runs} - {""}
+    return f"Networks: {', '.join(sorted(texts))}." if texts else ""
 
 
 def drawn(figure: Figure) -> str:
@@ -78,12 +86,18 @@ def small(path: Path, width: int = 640) -> bytes:
 
 
 def chosen(run: Run) -> str:
-    """What a grid chose, and what choosing on the test set would have brought."""
+    """What was chosen and on what, and what choosing on the test set would have brought."""
     use: dict[str, Any] = run.result.get("use", {})
-    if "chosen" not in use:
-        return ""
-    settings = [f"{k.replace('_', ' ')} {v}" for k, v in use["chosen"].items() if k not in MEASURED]
-    return f"{', '.join(settings)}; chosen on the test set: {use['gap']:+.1f}"
+    found = []
+    if "chosen" in use:
+        found = [f"{k.replace('_', ' ')} {v}" for k, v in use["chosen"].items() if k not in MEASURED]
+        found = [f"{', '.join(found)}; chosen on the test set: {use['gap']:+.1f}"]
+    if "pictures_chose" in use:
+        found.append(f"on {use['pictures_chose']} validation pictures")
+    if sets := use.get("sets_chosen"):
+        on = f"{sets['networks']} network(s) and {sets['training_pictures']} training pictures"
+        found.append(f"{use['sets']} of {sets['of']} sets on {on}")
+    return "; ".join(found)
 
 
 MEASURED = ("validation", "test", "validation_attack_share", "test_attack_share")

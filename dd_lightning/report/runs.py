@@ -38,6 +38,17 @@ class Run:
     def accuracies(self) -> list[float]:
         return self.test["accuracies"]
 
+    @property
+    def networks(self) -> int | None:
+        """How many different networks were tested, where it is known: older results of sets count values."""
+        known = "networks_chose" in self.test or "use" not in self.result
+        return self.test.get("networks") if known else None
+
+    @property
+    def networks_chose(self) -> int | None:
+        """How many networks chose what was tested, where any did and it is known."""
+        return self.test.get("networks_chose")
+
     @cached_property
     def time(self) -> float:
         return (self.folder / "result.json").stat().st_mtime
@@ -107,6 +118,15 @@ class Measured:
     def std(self) -> float | None:
         """Over networks (and sets, and seeds); None for a single value."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def networks_text(self) -> str:
+        """How many networks each run tested, and how many chose; empty where that is not known, or there are none."""
+        newest = self.runs[0]
+        if newest.networks is None:
+            return ""
+        chose = newest.networks_chose
+        return f"{newest.networks}" + ("" if chose is None else f" ({chose} chose)")
 
     def measure(self, name: str) -> float | None:
         """Mean of another measure after training, where the runs have it."""

@@ -35,6 +35,22 @@ class Cell:
     def difference_text(self) -> str:
         return "" if self.difference is None else f"{self.difference:+.1f}".replace("-", "−")
 
+    @property
+    def networks_text(self) -> str:
+        return "" if self.ours is None else self.ours.networks_text
+
+    @property
+    def texts(self) -> tuple[str, str, str, str]:
+        """Its part of a table's line, as `HEADS` says."""
+        return self.ours_text, self.paper_text, self.difference_text, self.networks_text
+
+
+HEADS = ("here", "paper", "difference", "networks")
+NOTE = (
+    "Networks: how many were tested, and in brackets how many others chose what was tested (learning rates, epochs, "
+    "image sets, or the distilled images along a run); one fixed network chooses for itself, and K-NN has none."
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -74,7 +90,7 @@ def make_table(key: str, paper: dict[str, Any], runs: list[Run]) -> Table:
 
 def markdown(table: Table) -> str:
     """A GitHub table; a missing number names the command that makes it."""
-    heads = [f"{title}: {part}" for title in table.rows.values() for part in ("here", "paper", "difference")]
+    heads = [f"{title}: {part}" for title in table.rows.values() for part in HEADS]
     lines = [
         f"**{table.number}.** {table.title}",
         "",
@@ -83,21 +99,24 @@ def markdown(table: Table) -> str:
     ]
     for column, title in table.columns.items():
         of_column = [table.cells[row, column] for row in table.rows]
-        texts = [(c.ours_text or f"`{c.command}`", c.paper_text, c.difference_text) for c in of_column]
+        texts = [(c.ours_text or f"`{c.command}`", *c.texts[1:]) for c in of_column]
         lines.append("| " + " | ".join([title, *(part for text in texts for part in text)]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", NOTE]) + "\n"
 
 
 def latex(table: Table) -> str:
     """A `tabular` for `booktabs`; a missing number is empty, and a comment names the command that makes it."""
-    lines = [f"% {cell.row}, {cell.column} is missing: {cell.command}" for cell in table.missing]
-    lines += [r"\begin{tabular}{l" + "rrr" * len(table.rows) + "}", r"\toprule"]
-    lines.append(" & ".join(["", *(rf"\multicolumn{{3}}{{c}}{{{_tex(t)}}}" for t in table.rows.values())]) + r" \\")
-    lines.append(" & ".join(["", *(["here", "paper", "difference"] * len(table.rows))]) + r" \\")
+    lines = [f"% {NOTE}"]
+    lines += [f"% {cell.row}, {cell.column} is missing: {cell.command}" for cell in table.missing]
+    lines += [r"\begin{tabular}{l" + "r" * len(HEADS) * len(table.rows) + "}", r"\toprule"]
+    lines.append(
+        " & ".join(["", *(rf"\multicolumn{{{len(HEADS)}}}{{c}}{{{_tex(t)}}}" for t in table.rows.values())]) + r" \\"
+    )
+    lines.append(" & ".join(["", *(HEADS * len(table.rows))]) + r" \\")
     lines.append(r"\midrule")
     for column, title in table.columns.items():
         of_column = [table.cells[row, column] for row in table.rows]
-        parts = [_tex(part) for c in of_column for part in (c.ours_text, c.paper_text, c.difference_text)]
+        parts = [_tex(part) for c in of_column for part in c.texts]
         lines.append(" & ".join([_tex(title), *parts]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -109,15 +128,15 @@ def _tex(text: str) -> str:
 def comma_separated(table: Table) -> str:
     """One line for each number, in full precision, with what it was made from."""
     buffer = io.StringIO()
-    names = ["row", "column", "mean", "std", "values", "paper_mean", "paper_std", "difference"]
+    names = ["row", "column", "mean", "std", "values", "networks", "networks_chose", "paper_mean", "paper_std"]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*names, "seeds", "overrides", "hardware", "command"])
+    writer.writerow([*names, "difference", "seeds", "overrides", "hardware", "command"])
     for cell in table.cells.values():
-        ours: list[Any] = [""] * 3
+        ours: list[Any] = [""] * 5
         made: list[Any] = [""] * 3
         if cell.ours is not None:
             newest = cell.ours.runs[0]
-            ours = [cell.ours.mean, cell.ours.std, len(cell.ours.accuracies)]
+            ours = [cell.ours.mean, cell.ours.std, len(cell.ours.accuracies), newest.networks, newest.networks_chose]
             seeds = " ".join(str(run.config.get("seed", "")) for run in cell.ours.runs)
             made = [seeds, " ".join(newest.overrides), newest.result.get("hardware", "")]
         writer.writerow(
