@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from dd_lightning.networks import Stem, Weights, count, evaluating, memory_format, split, stack, stem_of, unstack
+from dd_lightning.networks import (
+    Stem,
+    Weights,
+    count,
+    evaluating,
+    memory_format,
+    run_with,
+    split,
+    stack,
+    stem_of,
+    unstack,
+)
 from dd_lightning.system.checks import check_choice
 from dd_lightning.system.processor import PRECISIONS
 
@@ -75,7 +85,7 @@ class OuterLoss:
         leaves = {name: value.detach().requires_grad_() for name, value in single.items()}
         with torch.enable_grad():
             with self._autocast(images):
-                logits = functional_call(network, leaves, (images,))
+                logits = run_with(network, leaves, images)
             loss = self.objective(logits.to(next(iter(single.values())).dtype)[None], labels)
         inputs = [*leaves.values(), *([images] if images.requires_grad else [])]
         return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dd_lightning.init.population import Population
@@ -59,6 +60,46 @@ class BatchNormNet(nn.Module):
 
     def forward(self, x):
         return self.fc(self.norm(self.conv(x)).flatten(1))
+
+
+class SmallViT(nn.Module):
+    """A Vision Transformer: patches, a class token, positions, and attention of one of several makes."""
+
+    def __init__(self, attention="encoder", width=8, image_size=6, num_classes=3):
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(0.1 * torch.randn(1, 1 + (image_size // 2) ** 2, width))
+        if attention == "encoder":
+            layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.1, batch_first=True)
+            self.body = nn.TransformerEncoder(layer, 2)
+        else:
+            self.body = {"layer": AttentionLayer, "products": AttentionByProducts}[attention](width)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        return self.head(self.norm(self.body(x)[:, 0]))
+
+
+class AttentionLayer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class AttentionByProducts(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.of_all, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in self.of_all(x).chunk(3, dim=2))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def write_population(path, network, image_shape, classes, networks=3, held_out=2, weights=None):

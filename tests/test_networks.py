@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import BatchNormNet, SmallNet
 from torch import nn
 
@@ -16,7 +17,9 @@ from dd_lightning.networks import (
     class_name,
     confusion,
     predict,
+    run_with,
     stack,
+    training_without_dropout,
 )
 
 
@@ -120,6 +123,33 @@ def test_predict_runs_each_network_in_eval_mode():
         network.load_state_dict(single)
         network.eval()
         torch.testing.assert_close(found, network(images))
+
+
+def test_training_without_dropout_leaves_rates_as_they_were():
+    network = nn.ModuleList([nn.MultiheadAttention(8, 2, dropout=0.3), nn.LSTM(4, 4, 2, dropout=0.2), nn.Dropout(0.1)])
+    network.eval()
+    with training_without_dropout(network):
+        assert network[0].training
+        assert network[0].dropout == network[1].dropout == 0
+        assert not network[2].training
+    assert (network[0].dropout, network[1].dropout) == (0.3, 0.2)
+    assert not network[0].training
+
+
+def test_a_network_run_with_other_weights_is_left_as_it_was():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    network.append(network[0])
+    network[2].weight = network[0].weight
+    own = dict(network.named_parameters())
+    weights = {name: torch.randn_like(value) for name, value in own.items()}
+    x = torch.randn(3, 2)
+    first = weights["0.weight"], weights["0.bias"]
+    expected = F.linear(F.linear(F.linear(x, *first).tanh(), first[0], weights["2.bias"]), *first)
+    torch.testing.assert_close(run_with(network, weights, x), expected)
+    assert all(network.get_parameter(name) is value for name, value in own.items())
+    del weights["2.bias"]
+    expected = F.linear(F.linear(F.linear(x, *first).tanh(), first[0], own["2.bias"]), *first)
+    torch.testing.assert_close(run_with(network, weights, x), expected)
 
 
 def test_local_response_norm_is_that_of_torch():

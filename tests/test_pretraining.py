@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SmallNet
+from torch import nn
 
 from dd_lightning.data import Packed, RealData
 from dd_lightning.init import RandomInit
@@ -45,6 +46,39 @@ def test_each_network_is_trained_as_by_a_plain_loop(data):
             torch.testing.assert_close(found[name], value.detach(), rtol=1e-4, atol=1e-5)
         correct = network(data.preprocessing(data.test.images)).argmax(1) == data.test.labels
         assert accuracy.item() == pytest.approx(100 * correct.double().mean().item())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_frozen_and_shared_weights_are_trained_as_by_a_plain_loop(data, precision):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    network.append(network[4])
+    network[5].bias.requires_grad_(False)
+    network[1].weight.requires_grad_(False)
+    own = {name: value.detach().clone() for name, value in network.named_parameters()}
+    recipe = Recipe(2, 0.01, 1, precision=precision)
+    weights, _ = train_networks(network, RandomInit(seed=4), data, recipe, range(2))
+    for name, value in network.named_parameters():
+        assert torch.equal(value, own[name])
+        assert value.requires_grad or all(torch.equal(one, own[name]) for one in weights[name])
+    if precision == "bfloat16":
+        return
+    network.load_state_dict(RandomInit(seed=4).draw(network, Stream.PRETRAINING, 1), strict=False)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.01, betas=(0.5, 0.999))
+    stream = data.reseeded(derive_seed(4, Stream.PRETRAINING, 1))
+    for step in range(2 * data.batches_per_epoch):
+        optimizer.param_groups[0]["lr"] = 0.01 if step < data.batches_per_epoch else 0.005
+        images, labels = stream.minibatch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(weights[name][1], value.detach(), rtol=1e-4, atol=1e-5)
+    theta = RandomInit(per_step=2).sample(network, 0)
+    images, labels = torch.randn(2, 4, 1, 12, 12), torch.randint(0, 3, (2, 4))
+    many, each = _gradient_of_many(network, theta, images, labels), _gradient(network, theta, images)
+    for name, expected in each(theta, images, labels).items():
+        torch.testing.assert_close(many[name], expected)
+    check_batched(network, RandomInit(), data)
 
 
 def test_which_networks_are_trained_together_does_not_matter(data):

@@ -1,21 +1,26 @@
 """The mathematics of Eq. (9): closed form, finite differences, one engine against another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SmallNet
+from conftest import SmallNet, SmallViT
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, predict, stack
+from dd_lightning.networks import AlexCifarNet, LeNet, check_network, predict, stack, unstack
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import (
     Adam,
     AdjointUnroll,
     FunctionalUnroll,
+    GradientDescent,
     HigherUnroll,
     Momentum,
     first_gradient,
@@ -302,6 +307,160 @@ def test_networks_that_take_no_other_memory_format_are_unrolled_in_theirs(engine
     for one, other in zip(gradients(engine(), network, theta_0, data, real), expected, strict=True):
         assert (one - other).norm() <= 1e-8 * other.norm()
     list(engine().trajectory(network, theta_0, data.detach().steps()))
+
+
+def train_by_hand(network, single, data, optimizer, moving):
+    """θ_T of one network, by the network itself: those of its parameters that are `moving` follow Eq. (9)."""
+    theta = {name: single[name].detach().clone().requires_grad_() for name in moving}
+    state = optimizer.init(theta)
+    for images, labels, rate in data.steps():
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = functional_call(network, {**single, **theta}, (images,))
+        found = torch.autograd.grad(F.cross_entropy(logits, labels), list(theta.values()), create_graph=True)
+        theta, state = optimizer.update(theta, dict(zip(theta, found, strict=True)), state, rate)
+    return {**single, **theta}
+
+
+FROZEN = [
+    (SmallNet(), ("conv.weight", "fc.bias"), (1, 6, 6), 3),
+    (LeNet(1, 16, 4), ("conv1.weight", "conv1.bias", "fc2.weight"), (1, 16, 16), 4),
+    (UnusualNet("weight"), ("conv.weight", "fc.weight"), (1, 6, 6), 4),
+    (SmallViT(), ("token", "body.layers.0.self_attn.in_proj_weight", "norm.bias"), (1, 6, 6), 3),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "optimizer", [GradientDescent(), Momentum(0.8), Adam((0.8, 0.9), eps=1e-4)], ids=["gd", "momentum", "adam"]
+)
+@pytest.mark.parametrize(("network", "names", "shape", "classes"), FROZEN)
+def test_frozen_parameters_are_drawn_as_they_are_and_stay(engine, optimizer, network, names, shape, classes):
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in names)
+    own = {name: parameter.detach().clone() for name, parameter in network.double().named_parameters()}
+    rate = 0.01 if isinstance(optimizer, Adam) else 0.1
+    network, theta_0, data, real = problem(network, shape, classes, learning_rate=rate)
+    theta_T = engine(optimizer=optimizer)(network, theta_0, data.steps())
+    last = list(engine(optimizer=optimizer).trajectory(network, theta_0, data.steps()))[-1]
+    for name in names:
+        assert all(torch.equal(theta[name][j], own[name]) for theta in (theta_0, theta_T, last) for j in range(2))
+    found = gradients(engine(optimizer=optimizer), network, theta_0, data, real)
+    network.eval()  # dropout off
+    moving = [name for name in own if name not in names]
+    by_hand = [train_by_hand(network, one, data, optimizer, moving) for one in unstack(theta_0)]
+    loss = Classification()(torch.stack([functional_call(network, one, (real[0],)) for one in by_hand]), real[1])
+    for one, other in zip(found, torch.autograd.grad(loss, [data.images, data.raw_learning_rates]), strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    network.load_state_dict(unstack(theta_0)[0])
+    choice = {"GradientDescent": "gd"}.get(type(optimizer).__name__, type(optimizer).__name__.lower())
+    settings = dict(vars(optimizer))
+    replace(data, card={"inner": {"choice": choice, **settings}}).train(network)
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(value.detach(), by_hand[0][name].detach())
+        assert name not in names or torch.equal(value, own[name])
+    network.train()
+
+
+class Sharing(nn.Module):
+    """One module under two names, or one weight in two modules."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a if what == "module" else nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.c = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x.flatten(1))))))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", ["module", "weight"])
+def test_shared_weights_are_one_weight(engine, what):
+    network, theta_0, data, real = problem(Sharing(what), (1, 2, 2), 3)
+    assert list(theta_0) == [name for name, _ in network.named_parameters()]
+    own = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for _ in range(2):  # the first time leaves the network as it was
+        engine().check(network, theta_0, data.images[0].detach())
+        found = gradients(engine(), network, theta_0, data, real)
+        assert all(p.is_leaf and torch.equal(p, own[name]) for name, p in network.named_parameters())
+
+    def logits(theta, x):
+        a, c = ((theta[f"{name}.weight"], theta[f"{name}.bias"]) for name in "ac")
+        b = (a[0], theta.get("b.bias", a[1]))
+        return F.linear(torch.tanh(F.linear(torch.tanh(F.linear(x.flatten(1), *a)), *b)), *c)
+
+    losses = []
+    for theta in unstack(theta_0):
+        theta = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        for images, labels, rate in data.steps():
+            inner = F.cross_entropy(logits(theta, images), labels)
+            step = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+            theta = {n: w - rate * g for (n, w), g in zip(theta.items(), step, strict=True)}
+        losses.append(F.cross_entropy(logits(theta, real[0]), real[1]))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), [data.images, data.raw_learning_rates])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("attention", ["encoder", "layer", "products"])
+def test_a_vision_transformer_runs_in_every_engine(engine, attention):
+    """Against one network after the other, in eval mode: dropout is off, and attention is by plain products."""
+    network = SmallViT(attention).double()
+    check_network(network, (1, 6, 6), 3)
+    network, theta_0, data, real = problem(network, (1, 6, 6), 3)
+    engine().check(network, theta_0, data.images[0])
+    found = gradients(engine(), network, theta_0, data, real)
+    network.eval()
+    by_hand = [train_by_hand(network, one, data, GradientDescent(), list(theta_0)) for one in unstack(theta_0)]
+    loss = Classification()(torch.stack([functional_call(network, one, (real[0],)) for one in by_hand]), real[1])
+    expected = torch.autograd.grad(loss, [data.images, data.raw_learning_rates])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    outer = OuterLoss(Classification())(network, engine()(network, theta_0, data.steps()), *real)
+    torch.testing.assert_close(outer, loss)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Refused(nn.Module):
+    def __init__(self, why: str) -> None:
+        super().__init__()
+        self.why, self.fc, self.last = why, nn.Linear(4, 4), nn.Linear(4, 3)
+        self.unseen = [self.fc]
+
+    def forward(self, x):
+        if self.why == "unseen":
+            return self.last(torch.tanh(self.unseen[0](x.flatten(1))))
+        return self.last(OnceDifferentiable.apply(self.fc(x.flatten(1))))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_networks_that_are_not_differentiable_twice_are_refused_at_the_start(engine):
+    network, theta_0, data, _ = problem(Refused("once"), (1, 2, 2), 3)
+    with pytest.raises(ValueError, match="network Refused cannot be "):
+        engine().check(network, theta_0, data.images[0])
+    if not engine().batched:
+        list(engine().trajectory(network, theta_0, data.steps()))  # which needs first derivatives alone
+
+
+def test_a_module_that_higher_does_not_see_is_refused():
+    network, theta_0, data, _ = problem(Refused("unseen"), (1, 2, 2), 3)
+    FunctionalUnroll().check(network, theta_0, data.images[0])
+    with pytest.raises(ValueError, match=r"network Refused cannot be patched by higher .* use unroll=functional"):
+        HigherUnroll().check(network, theta_0, data.images[0])
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent", "backward_tangent"])

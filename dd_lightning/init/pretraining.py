@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from dd_lightning.data import OwnMinibatches, RealData
 from dd_lightning.init.random import RandomInit
-from dd_lightning.networks import Weights, accuracy, confusion, count, split, stack, training_without_dropout
+from dd_lightning.networks import (
+    Weights,
+    accuracy,
+    confusion,
+    count,
+    frozen,
+    run_with,
+    split,
+    stack,
+    training_without_dropout,
+)
 from dd_lightning.system.checks import check_choice, check_count, check_positive
 from dd_lightning.system.processor import PRECISIONS
 from dd_lightning.system.seeding import Stream, derive_seed
@@ -129,12 +139,13 @@ def _gradient_of_many(
     images: Float[Tensor, "init batch c h w"],
     labels: Int[Tensor, "init batch"],
 ) -> Weights:
-    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    logits = forward_own(network, leaves, images)
+    fixed = frozen(network)
+    leaves = {name: theta[name].detach().requires_grad_() for name in theta if name not in fixed}
+    logits = forward_own(network, theta | leaves, images)
     # The sum over networks of each network's mean: no network sees another's gradient.
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()) * len(images)
     found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    return {name: torch.zeros_like(value) for name, value in theta.items()} | dict(zip(leaves, found, strict=True))
 
 
 def forward_own(
@@ -142,7 +153,7 @@ def forward_own(
 ) -> Float[Tensor, "init batch classes"]:
     """Logits of J networks in train mode with dropout off, each on its own images."""
     with training_without_dropout(network):
-        return vmap(lambda single, own: functional_call(network, single, (own,)))(weights, images)
+        return vmap(lambda single, own: run_with(network, single, own))(weights, images)
 
 
 def train_networks(
@@ -198,7 +209,9 @@ def check_batched(network: nn.Module, init: RandomInit, data: RealData) -> None:
     try:
         with torch.no_grad():
             forward_own(network, weights, images)
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a forward in ordinary Python, which may do anything with what vmap gives it
         message = " ".join(str(error).split())[:200]
         raise ValueError(
             f"network {type(network).__name__} cannot be trained many at once ({message}); use at_once=1"

@@ -1,6 +1,7 @@
 """Architectures, and how to run many networks of one from their weights."""
 
 from dd_lightning.networks.alexcifarnet import AlexCifarNet
+from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.check import check_network
 from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
 from dd_lightning.networks.formats import channels_last, memory_format
@@ -8,7 +9,17 @@ from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
 from dd_lightning.networks.lenet import LeNet
 from dd_lightning.networks.modes import evaluating, training_without_dropout
 from dd_lightning.networks.stem import LANES, Stem, Tracer, stem_of
-from dd_lightning.networks.weights import Weights, class_name, count, forward_each, predict, split, stack, unstack
+from dd_lightning.networks.weights import (
+    Weights,
+    class_name,
+    count,
+    forward_each,
+    frozen,
+    predict,
+    split,
+    stack,
+    unstack,
+)
 
 __all__ = [
     "LANES",
@@ -28,9 +39,11 @@ __all__ = [
     "count",
     "evaluating",
     "forward_each",
+    "frozen",
     "memory_format",
     "percent",
     "predict",
+    "run_with",
     "split",
     "stack",
     "stem_of",

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from dd_lightning.networks.confusion import BATCH
 from dd_lightning.networks.modes import evaluating, training_without_dropout
+from dd_lightning.networks.weights import frozen
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,7 @@ def check_network(network: nn.Module, image_shape: tuple[int, int, int], num_cla
             or its own state (such as BatchNorm's running statistics), or is random in training.
     """
     name = type(network).__name__
-    if not any(p.requires_grad for p in network.parameters()):
-        raise ValueError(f"network {name} has no trainable parameters")
+    frozen(network)
     like = next(network.parameters())
     images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     before = {key: value.clone() for key, value in _state(network).items() if not is_lazy(value)}

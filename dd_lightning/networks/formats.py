@@ -5,7 +5,8 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from dd_lightning.networks.calls import run_with
 
 _FORMATS: WeakKeyDictionary[nn.Module, torch.memory_format] = WeakKeyDictionary()
 
@@ -20,7 +21,7 @@ def memory_format(network: nn.Module, images: Float[Tensor, "batch c h w"]) -> t
             with torch.no_grad():
                 # With the weights too: of one channel alone, a format of the images does not reach what follows.
                 weights = {name: channels_last(weight) for name, weight in network.named_parameters()}
-                functional_call(network, weights, (images[:2].to(memory_format=torch.channels_last),))
+                run_with(network, weights, images[:2].to(memory_format=torch.channels_last))
         except RuntimeError:  # such as a `view` of what channels last leaves scattered
             _FORMATS[network] = torch.contiguous_format
     return _FORMATS[network]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -19,13 +20,24 @@ def _modes_restored(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_without_dropout(network: nn.Module) -> Iterator[None]:
-    """Train mode with dropout off (Section S-1); afterwards every module is in the mode it came in."""
-    with _modes_restored(network):
+    """Train mode with dropout off (Section S-1); afterwards every module is in the mode it came in.
+
+    Attention is by plain products: torch's faster kernels have no second derivatives, which unrolls need.
+    """
+    # Attention and recurrent layers drop out by a rate of their own, without a layer for it.
+    own = {m: m.dropout for m in network.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)}
+    with _modes_restored(network), sdpa_kernel(SDPBackend.MATH):
         network.train()
         for module in network.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
-        yield
+        try:
+            for module in own:
+                module.dropout = 0.0
+            yield
+        finally:
+            for module, rate in own.items():
+                module.dropout = rate
 
 
 @contextmanager

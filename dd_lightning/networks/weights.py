@@ -9,13 +9,25 @@ import sys
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.formats import memory_format
 from dd_lightning.networks.modes import evaluating
 from dd_lightning.networks.stem import stem_of
 
 Weights = dict[str, Float[Tensor, "init ..."]]
+
+
+def frozen(network: nn.Module) -> frozenset[str]:
+    """The names of the weights that stay as they were drawn: those that the template has with requires_grad=False.
+
+    Raises:
+        ValueError: all do.
+    """
+    requires_grad = {name: p.requires_grad for name, p in network.named_parameters()}
+    if not any(requires_grad.values()):
+        raise ValueError(f"network {type(network).__name__} has no trainable parameters")
+    return frozenset(name for name, required in requires_grad.items() if not required)
 
 
 def stack(many: list[dict[str, Tensor]]) -> Weights:
@@ -48,7 +60,7 @@ def forward_each(
     network: nn.Module, weights: Weights, images: Float[Tensor, "batch c h w"]
 ) -> Float[Tensor, "init batch classes"]:
     """Logits of the J networks on the same images, one network after the other, in the mode the template is in."""
-    return torch.stack([functional_call(network, single, (images,)) for single in unstack(weights)])
+    return torch.stack([run_with(network, single, images) for single in unstack(weights)])
 
 
 def predict(
@@ -65,7 +77,7 @@ def predict(
         for part in split(weights, stem.networks):
             features = stem({name: part.pop(name) for name in stem.names}, images)
             for single, one in zip(unstack(part), stem.inputs(features), strict=True):
-                logits.append(functional_call(stem.tail, single, (one,)))
+                logits.append(run_with(stem.tail, single, one))
         return torch.stack(logits)
 
 

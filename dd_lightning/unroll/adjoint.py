@@ -74,6 +74,7 @@ class AdjointUnroll(Unroll):
 
     def check(self, network: nn.Module, theta_0: Weights, images: Images) -> None:
         self.gradient(network, theta_0, images)
+        super().check(network, theta_0, images)
 
 
 @dataclass

@@ -5,14 +5,13 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
-from dd_lightning.networks import channels_last, memory_format
+from dd_lightning.networks import channels_last, frozen, memory_format, run_with
 from dd_lightning.unroll.interface import GraphUnroll, Single, Step
 
 
 class FunctionalUnroll(GraphUnroll):
-    """Unrolls with `torch.func.functional_call`: `higher` without its copies.
+    """`higher` without its copies.
 
     On a CPU images and weights are in the memory format that convolutions are fastest in, where the network takes it.
     """
@@ -24,12 +23,13 @@ class FunctionalUnroll(GraphUnroll):
         format = memory_format(network, steps[0][0])
         if format == torch.channels_last:
             theta_0 = {name: channels_last(weight) for name, weight in theta_0.items()}
-        theta = _leaves(theta_0)
+        fixed = frozen(network)
+        theta = _leaves({name: weight for name, weight in theta_0.items() if name not in fixed})
         state = self.optimizer.init(theta)
         for images, labels, rate in steps:
             with torch.enable_grad():
                 images = images.to(memory_format=format)
-                loss = F.cross_entropy(functional_call(network, theta, (images,)), labels)
+                loss = F.cross_entropy(run_with(network, theta_0 | theta, images), labels)
                 gradients = torch.autograd.grad(
                     loss, list(theta.values()), create_graph=differentiable, materialize_grads=True
                 )
@@ -37,7 +37,7 @@ class FunctionalUnroll(GraphUnroll):
                 theta, state = self.optimizer.update(theta, gradient, state, rate)  # Eq. (9)
             if not differentiable:
                 theta, state = _leaves(theta), {name: value.detach() for name, value in state.items()}
-            yield theta
+            yield theta_0 | theta
 
 
 def _leaves(theta: Single) -> Single:

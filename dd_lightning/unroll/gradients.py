@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
-from dd_lightning.networks import Weights, forward_each, training_without_dropout
+from dd_lightning.networks import Weights, forward_each, frozen, run_with, training_without_dropout
 
 Images = Float[Tensor, "batch c h w"]
 
@@ -17,7 +17,10 @@ Labels = Int[Tensor, " batch"]
 
 
 class StepGradient(ABC):
-    """∇ℓ(x̃, θ) of J networks, ℓ each network's mean cross entropy, and its derivative."""
+    """∇ℓ(x̃, θ) of J networks, ℓ each network's mean cross entropy, and its derivative.
+
+    Of weights that are frozen both are 0, and no direction moves them: every inner optimizer leaves them as they are.
+    """
 
     def prepared(self, theta: Weights) -> Weights:
         """The weights in the memory format that is fastest here."""
@@ -44,26 +47,37 @@ class AutogradGradient(StepGradient):
 
     def logits(self, theta: Weights, images: Images) -> Float[Tensor, "init batch classes"]:
         if self.batched:
-            return vmap(lambda single: functional_call(self.network, single, (images,)))(theta)
+            return vmap(lambda single: run_with(self.network, single, images))(theta)
         return forward_each(self.network, theta, images)
 
     @torch.enable_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
-        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        fixed = frozen(self.network)
+        theta = {name: value.detach().requires_grad_(name not in fixed) for name, value in theta.items()}
         images = images.detach().requires_grad_(again)
         with training_without_dropout(self.network):
             logits = self.logits(theta, images)
         # The sum over networks of each network's mean: no network sees another's gradient.
         loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))) * len(logits)
-        gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=again, materialize_grads=True)
-        found = dict(zip(theta, gradient, strict=True))
-        return {name: value.detach() for name, value in found.items()}, (found, theta, images) if again else None
+        leaves = {name: value for name, value in theta.items() if value.requires_grad}
+        gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=again, materialize_grads=True)
+        found = dict(zip(leaves, gradient, strict=True))
+        detached = {name: value.detach() for name, value in found.items()}
+        return of_all(theta, detached), (found, leaves, images) if again else None
 
     def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
-        found, theta, images = tape
-        inputs = [*theta.values(), images]
+        found, leaves, images = tape
+        inputs = [*leaves.values(), images]
         used = [name for name, value in found.items() if value.requires_grad]  # by the forward
         *hessian, grad_images = torch.autograd.grad(
             [found[name] for name in used], inputs, [direction[name] for name in used], materialize_grads=True
         )
-        return dict(zip(theta, hessian, strict=True)), grad_images
+        return of_all(direction, dict(zip(leaves, hessian, strict=True))), grad_images
+
+
+def of_all(theta: Weights, found: Weights, fixed: frozenset[str] = frozenset()) -> Weights:
+    """In the order of the weights, with zeros for those that are fixed or that the forward does not use."""
+    return {
+        name: found[name] if name in found and name not in fixed else torch.zeros_like(value)
+        for name, value in theta.items()
+    }

@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dd_lightning.networks import Weights, stack, training_without_dropout, unstack
+from dd_lightning.networks import Weights, frozen, run_with, stack, training_without_dropout, unstack
 from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer
 
 Single = dict[str, Tensor]  # the weights of one network
@@ -42,12 +44,37 @@ class Unroll(ABC):
     def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
         """Yields the weights of all J networks after every GD step, without gradients."""
 
-    def check(self, network: nn.Module, theta_0: Weights, images: Float[Tensor, "batch c h w"]) -> None:  # noqa: B027
-        """Refuses a network that this engine cannot unroll.
+    def check(self, network: nn.Module, theta_0: Weights, images: Float[Tensor, "batch c h w"]) -> None:
+        """Refuses a network that this engine cannot unroll, by one step of one network there and back.
 
         Raises:
-            ValueError: naming the engine that can.
+            ValueError: saying why.
         """
+        theta = {name: weight[:1] for name, weight in theta_0.items()}
+        images, rate = images.detach().requires_grad_(), images.new_ones(()).requires_grad_()
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        try:
+            ends = self(network, theta, [(images, labels, rate)]).values()
+            torch.autograd.grad(_total(ends), [images, rate], materialize_grads=True)
+            with training_without_dropout(network):
+                fixed = frozen(network)
+                leaves = {name: w[0].detach().requires_grad_() for name, w in theta.items() if name not in fixed}
+                loss = F.cross_entropy(run_with(network, unstack(theta)[0] | leaves, images), labels)
+            found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+            # All the way back: a function of a user that refuses second derivatives does so where no input is.
+            _total(found).backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a user's forward raises
+            message = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(
+                f"network {type(network).__name__} cannot be unrolled ({message}); its forward must be differentiable "
+                "twice, in train mode"
+            ) from error
+
+
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()
 
 
 class GraphUnroll(Unroll):

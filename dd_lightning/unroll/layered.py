@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dd_lightning.networks import Tracer, Weights, channels_last, stack, unstack
+from dd_lightning.networks import Tracer, Weights, channels_last, frozen, stack, unstack
 from dd_lightning.unroll import plain, stacked
-from dd_lightning.unroll.gradients import Images, Labels, StepGradient
+from dd_lightning.unroll.gradients import Images, Labels, StepGradient, of_all
 from dd_lightning.unroll.layers import Layer, UnsupportedLayerError
 from dd_lightning.unroll.rules import rule
 
@@ -69,12 +69,14 @@ class LayeredGradient(StepGradient):
             found, w_adjoints = layer.backward([theta[n] for n in layer.names], saved[index], dy, inputs != [0])
             _accumulate(adjoints, inputs, found)
             _collect(gradient, layer.names, w_adjoints)
-        tape = (theta, saved, adjoints, probabilities, labels) if again else None
-        return _of_all(theta, gradient), tape
+        fixed = frozen(self.network)
+        tape = (theta, fixed, saved, adjoints, probabilities, labels) if again else None
+        return of_all(theta, gradient, fixed), tape
 
     def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor]:
         """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x."""
-        theta, saved, adjoints, probabilities, labels = tape
+        theta, fixed, saved, adjoints, probabilities, labels = tape
+        direction = of_all(theta, direction, fixed)
         tangents: list[Tensor | None] = [None] * len(adjoints)
         tsaved = []
         for index, (layer, inputs) in enumerate(self._layers):
@@ -96,7 +98,7 @@ class LayeredGradient(StepGradient):
             _collect(hessian, layer.names, w_adjoints)
         grad_x = eadjoints[0]
         assert grad_x is not None
-        return _of_all(theta, hessian), grad_x
+        return of_all(theta, hessian, fixed), grad_x
 
 
 class StackedGradient(LayeredGradient):
@@ -156,8 +158,3 @@ def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Te
 def _collect(gradient: Weights, names: tuple[str, ...], found: list[Tensor]) -> None:
     for name, value in zip(names, found, strict=True):
         gradient[name] = gradient[name] + value if name in gradient else value
-
-
-def _of_all(theta: Weights, found: Weights) -> Weights:
-    """In the order of the weights, with zeros for those that the forward does not use."""
-    return {name: found[name] if name in found else torch.zeros_like(value) for name, value in theta.items()}
