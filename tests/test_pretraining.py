@@ -93,7 +93,9 @@ def test_which_networks_are_trained_together_does_not_matter(data):
 @pytest.mark.parametrize(("network", "shape"), [(LeNet(), (1, 28, 28)), (AlexCifarNet(), (3, 32, 32))])
 def test_gradients_of_many_networks_at_once_are_those_of_each(network, shape):
     weights = RandomInit(per_step=3).sample(network, 0)
-    images, labels = torch.randn(3, 4, *shape), torch.randint(0, 10, (3, 4))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 4, *shape, generator=generator)
+    labels = torch.randint(0, 10, (3, 4), generator=generator)
     found = _gradient_of_many(network, weights, images, labels)
     for name, expected in _gradient(network, weights, images)(weights, images, labels).items():
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)

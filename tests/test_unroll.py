@@ -349,6 +349,7 @@ def test_frozen_parameters_are_drawn_as_they_are_and_stay(engine, optimizer, net
     moving = [name for name in own if name not in names]
     by_hand = [train_by_hand(network, one, data, optimizer, moving) for one in unstack(theta_0)]
     loss = Classification()(torch.stack([functional_call(network, one, (real[0],)) for one in by_hand]), real[1])
+    torch.testing.assert_close(OuterLoss(Classification())(network, theta_T, *real), loss)
     for one, other in zip(found, torch.autograd.grad(loss, [data.images, data.raw_learning_rates]), strict=True):
         assert (one - other).norm() <= 1e-8 * other.norm()
     network.load_state_dict(unstack(theta_0)[0])
@@ -415,12 +416,16 @@ def test_a_vision_transformer_runs_in_every_engine(engine, attention):
     found = gradients(engine(), network, theta_0, data, real)
     network.eval()
     by_hand = [train_by_hand(network, one, data, GradientDescent(), list(theta_0)) for one in unstack(theta_0)]
-    loss = Classification()(torch.stack([functional_call(network, one, (real[0],)) for one in by_hand]), real[1])
+    logits = torch.stack([functional_call(network, one, (real[0],)) for one in by_hand])
+    loss = Classification()(logits, real[1])
     expected = torch.autograd.grad(loss, [data.images, data.raw_learning_rates])
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-8 * other.norm()
     outer = OuterLoss(Classification())(network, engine()(network, theta_0, data.steps()), *real)
     torch.testing.assert_close(outer, loss)
+    last = list(engine().trajectory(network, theta_0, data.steps()))[-1]
+    with torch.no_grad():  # in which torch has a faster way through the encoder
+        torch.testing.assert_close(predict(network, last, real[0]), logits.detach())
 
 
 class OnceDifferentiable(torch.autograd.Function):
