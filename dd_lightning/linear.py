@@ -91,7 +91,7 @@ def lower_bound(real: LinearData, distilled_count: int) -> float:
 
 
 def distil(real: LinearData, distilled_count: int, iterations: int, seed: int = 0) -> LinearData:
-    """The M distilled data of least expected loss that L-BFGS finds, for a learning rate of M."""
+    """The M distilled data with the lowest expected loss that L-BFGS finds, for a learning rate of M."""
     random = torch.Generator().manual_seed(seed)
     dimension = real.inputs.shape[1]
     inputs = torch.randn(distilled_count, dimension, generator=random, dtype=torch.float64) / dimension**0.5

@@ -157,7 +157,7 @@ def complete(population: Population) -> None:
     for part, content in population.card["parts"].items():
         accuracies = content["accuracies"] = population.accuracies(part)
         log.info(
-            f"{part}: {len(accuracies)} networks, test accuracy {fmean(accuracies):.2f} %, least {min(accuracies):.2f}"
+            f"{part}: {len(accuracies)} networks, test accuracy {fmean(accuracies):.2f} %, lowest {min(accuracies):.2f}"
         )
     population.write_card()
 

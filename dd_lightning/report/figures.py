@@ -162,7 +162,7 @@ def draw_curves(series: Series, label: str) -> Drawing:
 
 
 def attack(key: str, entry: dict[str, Any], runs: list[Run]) -> Figure:
-    """Figure 6: accuracy w.r.t. the modified labels, and the share of the attacked class taken for the target."""
+    """Figure 6: accuracy w.r.t. the modified labels, and the share of the attacked class predicted as the target."""
     found: dict[tuple[str, str], Measured] = {}
     commands = []
     for row, of_row in entry["rows"].items():
