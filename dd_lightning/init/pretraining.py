@@ -24,7 +24,7 @@ from dd_lightning.networks import (
     training_without_dropout,
 )
 from dd_lightning.system.checks import check_choice, check_count, check_positive
-from dd_lightning.system.processor import PRECISIONS
+from dd_lightning.system.processor import PRECISIONS, is_out_of_memory
 from dd_lightning.system.seeding import Stream, derive_seed
 from dd_lightning.unroll import first_gradient
 
@@ -209,9 +209,9 @@ def check_batched(network: nn.Module, init: RandomInit, data: RealData) -> None:
     try:
         with torch.no_grad():
             forward_own(network, weights, images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a forward in ordinary Python, which may do anything with what vmap gives it
+        if is_out_of_memory(error):
+            raise
         message = " ".join(str(error).split())[:200]
         raise ValueError(
             f"network {type(network).__name__} cannot be trained many at once ({message}); use at_once=1"

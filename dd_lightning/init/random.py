@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from dd_lightning.init.interface import Init
 from dd_lightning.networks import Weights, stack
 from dd_lightning.system.checks import check_choice, check_count, check_positive
+from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.system.seeding import Stream, derive_seed
 
 
@@ -168,9 +169,9 @@ def _copy(network: nn.Module) -> nn.Module:
         if network not in _COPIES or _COPIES[network][0] != state:
             _COPIES[network] = state, copy.deepcopy(network).cpu()
         return copy.deepcopy(_COPIES[network][1])
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"network {type(network).__name__} cannot be copied to draw its weights ({message})"

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from dd_lightning.networks.confusion import BATCH
 from dd_lightning.networks.modes import evaluating, training_without_dropout
 from dd_lightning.networks.weights import frozen
+from dd_lightning.system.processor import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def _logits(
         try:
             logits, changes = network(own), own._version
         except Exception as error:  # whatever a user's forward raises
+            if is_out_of_memory(error):
+                raise
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"network {name} does not take the data set's {shape} images: {message}") from error
     if changes or not torch.equal(own, images):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
+from dd_lightning.system.processor import is_out_of_memory
+
 LANES = 32  # output channels that keep a processor's vector units full
 _CHANNELWISE_FUNCTIONS = (F.relu, torch.relu, F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
 _CHANNELWISE_MODULES = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
@@ -79,9 +81,9 @@ def _split(network: nn.Module, images: Tensor, format: torch.memory_format) -> S
         graph = Tracer().trace(network)
         stem = _cut(network, graph, format)
         return stem if stem is not None and _same(stem, network, images) else None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a forward in ordinary Python, which may do anything with what it is traced by
+    except Exception as error:  # a forward in ordinary Python, which may do anything with what it is traced by
+        if is_out_of_memory(error):
+            raise
         return None
 
 

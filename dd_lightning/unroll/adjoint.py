@@ -76,6 +76,13 @@ class AdjointUnroll(Unroll):
         self.gradient(network, theta_0, images)
         super().check(network, theta_0, images)
 
+    def _there_and_back(self, network: nn.Module, theta: Weights, images: Images) -> None:
+        super()._there_and_back(network, theta, images)
+        images, rate = images.detach().requires_grad_(), images.new_ones(()).requires_grad_()
+        step = images, torch.zeros(len(images), dtype=torch.long, device=images.device), rate
+        ends = torch.stack([weight.sum() for weight in self(network, theta, [step]).values()])
+        torch.autograd.grad(ends.sum(), [images, rate])
+
 
 @dataclass
 class _Loop:

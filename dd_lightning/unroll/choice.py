@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dd_lightning.networks import LANES, Weights, training_without_dropout
+from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.unroll.gradients import AutogradGradient, Images, StepGradient
 from dd_lightning.unroll.layered import LayeredGradient, PlainGradient, StackedGradient
 from dd_lightning.unroll.layers import UnsupportedLayerError
@@ -30,9 +31,9 @@ def batched_gradient(network: nn.Module, theta: Weights, images: Images) -> Step
     try:
         with torch.no_grad(), training_without_dropout(network):
             batched.logits(theta, images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a forward in ordinary Python, which may do anything with what vmap gives it
+        if is_out_of_memory(error):
+            raise
         message = " ".join(str(error).split())[:200]
         raise ValueError(
             f"network {name} cannot be batched over initial weights ({message}); "
@@ -74,9 +75,11 @@ def _tried(
     try:
         layered = rules(network)
         found, expected = (_trial(one, single, images) for one in (layered, AutogradGradient(network, batched=False)))
-    except (torch.OutOfMemoryError, UnsupportedLayerError):
+    except UnsupportedLayerError:
         raise
     except Exception as reason:  # autograd is never worse than a rule that a forward does not fit
+        if is_out_of_memory(reason):
+            raise
         raise UnsupportedLayerError(f"layers that are put together unusually ({type(reason).__name__})") from reason
     # Second derivatives are rounded more.
     for one, other, tolerance in zip(found, expected, (1e-3, 1e-2), strict=True):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dd_lightning.networks import Weights, forward_each, frozen, training_without_dropout
+from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.unroll.gradients import Images
 from dd_lightning.unroll.interface import GraphUnroll, Single, Step
 
@@ -26,6 +27,8 @@ class HigherUnroll(GraphUnroll):
                 found = patched(images)
                 reason = "" if torch.allclose(found, expected, rtol=1e-3, atol=1e-4) else "it loses some of the weights"
             except Exception as error:  # whatever a copy that was not made by the network's own class runs into
+                if is_out_of_memory(error):
+                    raise
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
         if reason:
             name = type(network).__name__

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dd_lightning.networks import Weights, frozen, run_with, stack, training_without_dropout, unstack
+from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer
 
 Single = dict[str, Tensor]  # the weights of one network
@@ -50,31 +51,26 @@ class Unroll(ABC):
         Raises:
             ValueError: saying why.
         """
-        theta = {name: weight[:1] for name, weight in theta_0.items()}
-        images, rate = images.detach().requires_grad_(), images.new_ones(()).requires_grad_()
-        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         try:
-            ends = self(network, theta, [(images, labels, rate)]).values()
-            torch.autograd.grad(_total(ends), [images, rate], materialize_grads=True)
-            with training_without_dropout(network):
-                fixed = frozen(network)
-                leaves = {name: w[0].detach().requires_grad_() for name, w in theta.items() if name not in fixed}
-                loss = F.cross_entropy(run_with(network, unstack(theta)[0] | leaves, images), labels)
-            found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-            # All the way back: a function of a user that refuses second derivatives does so where no input is.
-            _total(found).backward()
-        except torch.OutOfMemoryError:
-            raise
+            self._there_and_back(network, {name: weight[:1] for name, weight in theta_0.items()}, images)
         except Exception as error:  # whatever a user's forward raises
+            if is_out_of_memory(error):
+                raise
             message = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(
                 f"network {type(network).__name__} cannot be unrolled ({message}); its forward must be differentiable "
                 "twice, in train mode"
             ) from error
 
-
-def _total(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()
+    def _there_and_back(self, network: nn.Module, theta: Weights, images: Float[Tensor, "batch c h w"]) -> None:
+        labels, fixed = torch.zeros(len(images), dtype=torch.long, device=images.device), frozen(network)
+        leaves = {name: weight[0].detach().requires_grad_() for name, weight in theta.items() if name not in fixed}
+        images = images.detach().requires_grad_()
+        with training_without_dropout(network):
+            loss = F.cross_entropy(run_with(network, unstack(theta)[0] | leaves, images), labels)
+        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+        # All the way back: a function of a user that refuses second derivatives does so where no input is.
+        torch.stack([one.sum() for one in found if one.requires_grad]).sum().backward()
 
 
 class GraphUnroll(Unroll):
