@@ -469,6 +469,18 @@ def test_few_shot_adaptation_by_hand(domains, weight):
     assert seen == [0, 2, 4]
 
 
+def test_few_shot_adaptation_leaves_frozen_weights(domains):
+    source, target = domains
+    pictures, _, preprocessing, _ = source.load()
+    (few,) = random_real(target, steps=2, sets=1).members
+    both, network = Domains(pictures, preprocessing, few.images.flatten(0, 1), few.labels.flatten()), perceptron()
+    first = next(iter(network.parameters())).requires_grad_(False)
+    before = [p.clone() for p in network.parameters()]
+    list(adapt(network, both, Setting(0.2, 0.01, 5, 8), [3], seed=3))
+    same = [torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True)]
+    assert same == [p is first for p in network.parameters()]
+
+
 class Shuffled(nn.Module):
     """The layer of its logits is registered first, and used last."""
 

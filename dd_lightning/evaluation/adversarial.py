@@ -98,7 +98,8 @@ def adapt(network: nn.Module, domains: Domains, setting: Setting, points: Collec
         torch.manual_seed(seed)
         discriminator = Discriminator(head.in_features).to(device)
     of_discriminator = torch.optim.Adam(discriminator.parameters(), lr=setting.learning_rate)
-    of_network = torch.optim.Adam(network.parameters(), lr=setting.learning_rate)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    of_network = torch.optim.Adam(trained, lr=setting.learning_rate)
 
     def taken_for(group: int, label: int, through_network: bool) -> Float[Tensor, ""]:
         """−log φ: how far the discriminator is from taking pairs of `group` for those of `label`."""
