@@ -8,7 +8,7 @@ BIN := .venv/bin
 help: ## list all targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: install ## distil ten images from embedded digits, under a minute on two cores
+demo: install ## distil ten images from embedded digits, half a minute
 	$(BIN)/dd-distill experiment=demo
 
 test: install ## run the tests (a few minutes)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -44,6 +45,8 @@ def distill(cfg: DictConfig) -> float:
 def run(cfg: DictConfig, folder: Path) -> float:
     """One run, new or going on, in `folder`."""
     check(cfg, folder)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
     distiller = build_distiller(cfg, data)
@@ -73,6 +76,8 @@ def check(cfg: DictConfig, folder: Path) -> None:
     """
     check_whole(seed=cfg.seed)
     check_count(**{"trainer.max_steps": cfg.trainer.max_steps, "trainer.num_nodes": cfg.trainer.num_nodes})
+    if cfg.threads is not None:
+        check_count(threads=cfg.threads)
     check_resolved(cfg)
     check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
     check_strategy(cfg.trainer.strategy)

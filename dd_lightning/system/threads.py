@@ -3,8 +3,9 @@
 import os
 
 # OpenMP's threads spin between the layers of a network, by default for milliseconds. On a machine with other work they
-# then spin while the one they wait for has no core. So many turns outlast a layer, but not much more.
-SPINS = 10_000
+# then spin while the one they wait for has no core. So many turns outlast a layer, but not much more: fewer cost time
+# on a quiet machine, more on a busy one.
+SPINS = 20_000
 
 
 def yield_soon() -> None:
