@@ -110,10 +110,11 @@ def write_result(cfg: DictConfig, outcome: Outcome, seconds: float, folder: Path
 def tell(split: str, outcome: Outcome) -> None:
     """Says what came out."""
     result = outcome.result
-    low, high = result.interval
     for line in outcome.lines():
         log.info(line)
-    log.info(f"{split} accuracy over {outcome.counts}: {result} (95 % interval {low:.2f} to {high:.2f})")
+    low, high = result.interval
+    interval = f" (95 % interval {low:.2f} to {high:.2f})" if high > low else ""
+    log.info(f"{split} accuracy over {outcome.counts}: {result}{interval}")
     for line in result.lines():
         log.info(f"  {line}")
     for step, value in enumerate(result.as_dict()["accuracy_per_step"] or []):

@@ -164,7 +164,8 @@ class Outcome:
         """How much the result is of, for people."""
         networks = "" if self.networks is None else f" from {self.networks} network(s)"
         chose = "" if self.networks_chose is None else f", chosen with {self.networks_chose}"
-        return f"{len(self.result.accuracies)} value(s){networks}{chose}"
+        count = len(self.result.accuracies)
+        return f"{count} result{'' if count == 1 else 's'}{networks}{chose}"
 
     def lines(self) -> list[str]:
         """What was chosen, and on what, for people."""
