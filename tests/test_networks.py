@@ -9,7 +9,9 @@ from conftest import BatchNormNet, SmallNet
 from torch import nn
 
 from dd_lightning.networks import (
+    MLP,
     AlexCifarNet,
+    ConvNet,
     LeNet,
     LocalResponseNorm,
     MaxPool2d,
@@ -30,6 +32,10 @@ from dd_lightning.networks import (
         (LeNet(3, 32), (3, 32, 32), 62006),
         (AlexCifarNet(), (3, 32, 32), 1756426),
         (SmallNet(), (1, 6, 6), 483),
+        (ConvNet(), (3, 32, 32), 320010),
+        (ConvNet(1, 28, width=32, norm="none", pooling="max"), (1, 28, 28), 23946),
+        (ConvNet(3, 64, width=8, depth=4, norm="group", activation="leaky_relu"), (3, 64, 64), 3330),
+        (MLP(), (1, 28, 28), 118282),
     ],
 )
 def test_shapes_and_sizes(network, shape, parameters):
@@ -171,3 +177,17 @@ def test_max_pooling_is_that_of_torch(size):
 def test_a_network_of_ours_is_named_by_its_package():
     assert class_name(LeNet()) == "dd_lightning.networks.LeNet"
     assert class_name(nn.Linear(1, 1)) == "torch.nn.modules.linear.Linear"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "batch"}, "unknown norm 'batch'"),
+        ({"norm": "group", "width": 6}, "norm=group needs a width that four divides, not 6"),
+        ({"image_size": 12, "depth": 4}, "depth=4 needs images of at least 16 pixels, not 12"),
+        ({"width": 0}, "width must be a whole number of at least 1"),
+    ],
+)
+def test_convnets_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNet(**settings)

@@ -4,14 +4,17 @@ from dd_lightning.networks.alexcifarnet import AlexCifarNet
 from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.check import check_network
 from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
+from dd_lightning.networks.convnet import ConvNet
 from dd_lightning.networks.formats import channels_last, memory_format
 from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
 from dd_lightning.networks.lenet import LeNet
+from dd_lightning.networks.mlp import MLP
 from dd_lightning.networks.modes import evaluating, training_without_dropout
 from dd_lightning.networks.stem import LANES, Stem, Tracer, stem_of
 from dd_lightning.networks.weights import (
     Weights,
     class_name,
+    concatenated,
     count,
     forward_each,
     frozen,
@@ -23,8 +26,10 @@ from dd_lightning.networks.weights import (
 
 __all__ = [
     "LANES",
+    "MLP",
     "AlexCifarNet",
     "Confusion",
+    "ConvNet",
     "LeNet",
     "LocalResponseNorm",
     "MaxPool2d",
@@ -35,6 +40,7 @@ __all__ = [
     "channels_last",
     "check_network",
     "class_name",
+    "concatenated",
     "confusion",
     "count",
     "evaluating",

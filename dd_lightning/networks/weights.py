@@ -5,6 +5,7 @@ every tensor has a leading axis over the J sampled networks.
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -43,6 +44,11 @@ def unstack(weights: Weights) -> list[dict[str, Tensor]]:
     return [
         dict(zip(weights, single, strict=True)) for single in zip(*(v.unbind() for v in weights.values()), strict=True)
     ]
+
+
+def concatenated(parts: Sequence[Weights]) -> Weights:
+    """The networks of all parts; the inverse of `split`."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def count(weights: Weights) -> int:
