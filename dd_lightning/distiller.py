@@ -11,17 +11,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dd_lightning.data import Batch
+from dd_lightning.data import Batch, Unchanged
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import Init
-from dd_lightning.networks import Weights
+from dd_lightning.networks import Weights, concatenated, count
 from dd_lightning.objectives import Objective
 from dd_lightning.outer import OuterLoss
-from dd_lightning.unroll import OuterStep, Unroll
+from dd_lightning.parametrisation import FixedLabels, Labels
+from dd_lightning.unroll import POOL, Draws, FixedOrder, OuterStep, Pool, State, Unroll, Window
+
+STATE = "state/"  # prefix of the inner optimizer's state beside the weights
 
 
 class DatasetDistiller(pl.LightningModule):
-    """Learns distilled images x̃ and learning rates η̃ (Algorithm 1).
+    """Learns distilled images x̃ and learning rates η̃ (Algorithm 1), and labels where they are to be learned.
 
     Its parameters are the distilled data alone; the network is a template.
 
@@ -37,6 +40,10 @@ class DatasetDistiller(pl.LightningModule):
         config: settings that a checkpoint must share before a run may go on from it.
         precision: of the pass over the real minibatch (line 7): float32 or bfloat16.
         chunk, capture: as in `OuterStep`.
+        labels: the map from what is learned to labels.
+        raw_labels: what is learned of the labels, at the start; None where they are fixed.
+        window: which inner steps are differentiated.
+        seed: of the window's place, the order and the augmentation.
     """
 
     def __init__(
@@ -53,17 +60,30 @@ class DatasetDistiller(pl.LightningModule):
         precision: str = "float32",
         chunk: int | None = None,
         capture: bool = True,
+        labels: Labels | None = None,
+        raw_labels: Float[Tensor, "step batch classes"] | None = None,
+        window: Window | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.images = nn.Parameter(distilled.images)
         self.raw_learning_rates = nn.Parameter(distilled.raw_learning_rates)
         self.register_buffer("labels", distilled.labels)
-        self._initial = distilled
+        self.raw_labels = None if raw_labels is None else nn.Parameter(raw_labels)
+        self._initial, self._labels = distilled, labels or FixedLabels()
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
         self.outer_loss = OuterLoss(objective, precision)
+        self._window, self._seed = window or Window(), seed
+        self.pool = None
+        if self._window.start == POOL:
+            self.pool = Pool(self._window.networks, len(self._place(0)), distilled.inner_steps, seed)
+        # What is drawn anew in every outer step cannot be recorded.
+        drawn = not (
+            self._window.full and isinstance(distilled.order, FixedOrder) and isinstance(distilled.augment, Unchanged)
+        )
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
-        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture)
+        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and not drawn)
         self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self.config = config or {}
 
@@ -75,25 +95,60 @@ class DatasetDistiller(pl.LightningModule):
     def distilled(self) -> DistilledData:
         """The distilled data as they are now, sharing the parameters."""
         return replace(
-            self._initial, images=self.images, labels=self.labels, raw_learning_rates=self.raw_learning_rates
+            self._initial,
+            images=self.images,
+            labels=self.labels,
+            raw_learning_rates=self.raw_learning_rates,
+            soft_labels=None if self.raw_labels is None else self._labels.labels(self.raw_labels),
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
+        images = self._initial.augment(images, self._draws.augment_real())
         theta_0 = self.init.sample(self.network, self.global_step, self.global_rank, self.trainer.world_size)  # line 4
-        total, self._gradients = self._outer_step((theta_0, images, labels), self._learned)
+        self._ended: list[tuple[Weights, State]] = []
+        start = self._begun(theta_0)
+        total, self._gradients = self._outer_step((start, images, labels), self._learned)
+        if self.pool is not None:
+            thetas, states = zip(*self._ended, strict=True)
+            self.pool.put(concatenated(thetas), concatenated(states))
         loss = (total / self.init.per_step).to(images.dtype)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="sum")
         return loss  # line 9 is Lightning's: backward, then the optimizer's step
 
-    def loss(self, theta_0: Weights, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
-        """The outer loss of networks that start from θ₀, on a real minibatch."""
-        theta_T = self.unroll(self.network, theta_0, self.distilled.steps())  # line 6, Eq. (9)
+    @property
+    def _draws(self) -> Draws:
+        return Draws(self._seed, (self.global_step,), self._initial.augment.siamese)
+
+    def _place(self, outer_step: int) -> range:
+        """The inner steps that are differentiated."""
+        return self._window.place(self._initial.inner_steps, self._seed, outer_step)
+
+    def _begun(self, theta_0: Weights) -> Weights:
+        """Weights, and the inner optimizer's state beside them, where the window begins."""
+        theta, state = theta_0, self.unroll.optimizer.init(theta_0, count(theta_0))
+        if self.pool is not None:
+            theta, state = self.pool.take(self.global_step, theta, state)
+        elif before := self._place(self.global_step).start:
+            steps = self.distilled.detach().steps(self._draws, 0, before)
+            theta, state = self.unroll.advance(self.network, theta, state, steps)
+        return theta | {STATE + name: value for name, value in state.items()}
+
+    def loss(self, start: Weights, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """The outer loss, on a real minibatch, of networks that go through the window from `start`."""
+        theta = {name: value for name, value in start.items() if not name.startswith(STATE)}
+        state = {name.removeprefix(STATE): value for name, value in start.items() if name.startswith(STATE)}
+        place = self._place(self.global_step)
+        steps = self.distilled.steps(self._draws, place.start, place.stop)
+        theta_T, state_T = self.unroll.window(self.network, theta, state, steps)  # line 6, Eq. (9)
+        if self.pool is not None:
+            self._ended.append((theta_T, state_T))
         return self.outer_loss(self.network, theta_T, images, labels)  # line 7
 
     @property
     def _learned(self) -> list[nn.Parameter]:
-        return [self.images, self.raw_learning_rates]
+        labels = [] if self.raw_labels is None else [self.raw_labels]
+        return [self.images, self.raw_learning_rates, *labels]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
@@ -105,16 +160,21 @@ class DatasetDistiller(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # Weight decay would draw raw rates to 0, a rate of 0.69.
-        rates = {"params": [self.raw_learning_rates], "weight_decay": 0.0}
-        optimizer = self._make_optimizer([{"params": [self.images]}, rates])
-        images, rates = optimizer.param_groups
-        rates["lr"] = images["lr"] * self._rate_scale
+        images, *others = self._learned
+        groups = [{"params": [images]}, *({"params": [other], "weight_decay": 0.0} for other in others)]
+        optimizer = self._make_optimizer(groups)
+        optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"] * self._rate_scale
         if self._make_schedule is None:
             return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._make_schedule(optimizer), "interval": "step"},
         }
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.raw_labels is not None:
+            self._labels.project_(self.raw_labels)
 
     def on_fit_start(self) -> None:
         self.network.to(self.device)
@@ -123,6 +183,8 @@ class DatasetDistiller(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dd_config"] = self.config
+        if self.pool is not None:
+            checkpoint["dd_pool"] = self.pool.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("dd_config", {})
@@ -131,3 +193,5 @@ class DatasetDistiller(pl.LightningModule):
             listed = ", ".join(f"{k} ({saved.get(k)} there, {self.config.get(k)} here)" for k in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise ValueError(f"the checkpoint is of another config: {listed}{more}")
+        if self.pool is not None:
+            self.pool.load_state_dict(checkpoint["dd_pool"])

@@ -366,3 +366,62 @@ def test_a_setting_of_an_older_layout_says_so(run, old, now):
     assert f"dd_lightning.{old} is of an older layout; it is dd_lightning.{now} now" in error
     room, _, name = now.partition(".")
     assert hasattr(import_module(f"dd_lightning.{room}"), name)
+
+
+ANY = ("order=shuffled", "order.inner_steps=6", "inner=adam", "labels=learned", "labels.constraint=softmax")
+NET = ("network._target_=conftest.SmallNet",)
+ANY += ("distilled=real", "distilled.epochs=1", "distilled.images_per_class=4", "window=random", "window.length=3")
+
+
+def test_data_for_any_order_are_used_as_their_card_says_or_otherwise(run):
+    code, error, folder = run("distill", *SHORT, *ANY, "init=random", "init.per_step=2", "distilled.learning_rate=0.01")
+    assert (code, error) == (0, "")
+    card = DistilledData.load(folder).card
+    assert card["order"] == {
+        "choice": "shuffled",
+        "target": "dd_lightning.unroll.ShuffledOrder",
+        "inner_steps": 6,
+        "images_per_class": None,
+        "classes": None,
+    }
+    assert card["stored_numbers"] == 12 * 144 + 12 * 3 + 1
+    found = []
+    for line in (
+        (),
+        ("order=shuffled", "order.inner_steps=9"),
+        ("order=shuffled", "order.images_per_class=2", "inner=momentum", "distilled.learning_rate=0.02"),
+        ("distilled.soft_labels=false",),
+    ):
+        code, error, evaluated = run("evaluate", f"distilled.path={folder}", "networks=3", *NET, *line)
+        assert (code, error) == (0, "")
+        found.append(json.loads((evaluated / "result.json").read_text())["test"]["accuracies"])
+    assert found[0] == json.loads((folder / "result.json").read_text())["test"]["accuracies"][:3]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("window.length=7",), "window: length=7 is more than the 6 inner steps"),
+        (("window.start=5",), "window: start=5 and length=3 go beyond"),
+        (("window.start=middle",), "window: start must be random, end, pool or a number"),
+        (("order.classes=4",), "order.classes=4, but the images are of 3 classes"),
+        (("distilled.epochs=2",), "order=shuffled has one set of images and one rate"),
+        (("distilled.classes=[0,5]",), "classes must be different ones of 0 to 2"),
+        (("augment=dsa", "augment.strategies=[]"), "augment: strategies must name at least one"),
+        (("labels.constraint=positive",), "labels: unknown constraint 'positive'"),
+    ],
+)
+def test_windows_orders_and_labels_that_cannot_be(run, line, message):
+    check_refused(run, (*SHORT, *ANY, *line), message)
+
+
+def test_what_the_papers_order_and_labels_cannot_take(run):
+    check_refused(run, (*SHORT, "distilled.classes=[0,1]"), "labels: without an image of each of the 3 classes")
+    check_refused(run, (*SHORT, "window=pool", "window.length=1"), "need data in any order: order=shuffled")
+
+
+def check_refused(run, line, message):
+    code, error, _ = run("distill", *line)
+    assert code == 1
+    assert message in error
+    assert error.count("\n") <= 1

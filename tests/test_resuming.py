@@ -94,6 +94,26 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(request, run, monke
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+ANY = ("inner=adam", "order=shuffled", "order.inner_steps=12", "order.images_per_class=2", "distilled.epochs=1")
+ANY += ("distilled.images_per_class=4", "labels=learned", "labels.constraint=nonnegative", "window.length=4")
+ANY += ("callbacks=adaptive_clipping", "distilled.learning_rate=0.01")
+
+
+@pytest.mark.parametrize("where", [("window=random", "augment=flip_rotate"), ("window=pool", "augment=dsa")])
+@pytest.mark.parametrize("unroll", ["functional", "batched"])
+def test_data_for_any_order_go_on_bit_for_bit(run, monkeypatch, where, unroll):
+    lines = (*RUN, *ANY, *where, f"unroll={unroll}")
+    assert run("distill", *lines, "name=straight")[:2] == (0, "")
+    for step in (5, 8):
+        at_step(monkeypatch, step, killed)
+        with pytest.raises(Killed):
+            run("distill", *lines, "name=killed")
+    assert run("distill", *lines, "name=killed")[:2] == (0, "")
+    one, other = (next(Path("runs", name).iterdir()) for name in ("straight", "killed"))
+    assert same(one, other)
+    assert torch.equal(DistilledData.load(one).soft_labels, DistilledData.load(other).soft_labels)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 

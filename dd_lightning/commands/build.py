@@ -1,5 +1,6 @@
 """From a composed configuration to objects, and from objects to the card that describes them."""
 
+import logging
 import platform
 from dataclasses import replace
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 
 from dd_lightning.commands.errors import named
 from dd_lightning.data import RealData
@@ -19,15 +20,18 @@ from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import Init, OneNetwork
 from dd_lightning.networks import check_network
 from dd_lightning.objectives import Objective
+from dd_lightning.parametrisation import Labels
 from dd_lightning.sources import Sets
 from dd_lightning.training.loggers import make_logger
-from dd_lightning.unroll import InnerOptimizer
+from dd_lightning.unroll import POOL, InnerOptimizer, ShuffledOrder, Window
+
+log = logging.getLogger(__name__)
 
 # What distilled data are made for, and what an evaluation takes over from their card.
-CARD_GROUPS = ("dataset", "network", "init", "objective", "inner")
+CARD_GROUPS = ("dataset", "network", "init", "objective", "inner", "order", "augment")
 
 # A run may go on from a checkpoint only if these agree: they decide what is computed.
-COMPUTED_FROM = ("dataset", "network", "init", "objective", "inner", "distilled", "optimizer", "schedule")
+COMPUTED_FROM = (*CARD_GROUPS, "distilled", "optimizer", "schedule", "labels", "window")
 
 
 def build_data(cfg: DictConfig) -> RealData:
@@ -60,9 +64,12 @@ def build_objective(cfg: DictConfig, data: RealData) -> Objective:
 def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = None) -> Sets:
     """The distilled data, of which a baseline has several sets, with the labels that the objective asks for."""
     made = instantiate(cfg.distilled, data=data)
-    if not isinstance(made, Sets):
-        return Sets([made])
-    return made if objective is None else made.relabelled(objective)
+    sets = made if isinstance(made, Sets) else Sets([made])
+    order, augment = instantiate(cfg.order), instantiate(cfg.augment)
+    sets = replace(sets, members=[replace(one, order=order, augment=augment) for one in sets.members])
+    for one in sets.members[:1]:
+        order.check(one.images, one.labels, len(one.raw_learning_rates))
+    return sets if objective is None or not isinstance(made, Sets) else sets.relabelled(objective)
 
 
 def build_distilled(cfg: DictConfig, data: RealData) -> DistilledData:
@@ -83,14 +90,22 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     init = instantiate(cfg.init)
     network = build_network(cfg, data, init)
     distilled = build_distilled(cfg, data)
-    unroll = instantiate(cfg.unroll)
+    unroll, window, labels = (instantiate(cfg[group]) for group in ("unroll", "window", "labels"))
     with named("unroll"):
         if not isinstance(unroll.optimizer, InnerOptimizer):
             raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
         unroll.check(network, init.sample(network, step=0), distilled.images[0])
+    with named("window"):
+        check_window(window, distilled)
+    with named("labels"):
+        raw_labels = build_raw_labels(labels, distilled, data.num_classes)
+    soft = None if raw_labels is None else labels.labels(raw_labels)
+    distilled = replace(distilled, soft_labels=soft)
+    card = make_card(cfg, data) | {"stored_numbers": distilled.stored_numbers}
+    log.info(f"distilling {distilled.stored_numbers:,} numbers: images, rates and learned labels")
     weights = init.weights(network) if isinstance(init, OneNetwork) else None
     return DatasetDistiller(
-        replace(distilled, card=make_card(cfg, data), initial_weights=weights),
+        replace(distilled, card=card, initial_weights=weights),
         network,
         init,
         unroll,
@@ -102,7 +117,34 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
         cfg.precision,
         cfg.chunk,
         cfg.capture,
+        labels,
+        raw_labels,
+        window,
+        cfg.seed,
     )
+
+
+def check_window(window: Window, distilled: DistilledData) -> None:
+    """Refuses a window that the inner steps do not hold, or that wants another order.
+
+    Raises:
+        ValueError: saying why.
+    """
+    window.check(distilled.inner_steps)
+    if window.start == POOL and not isinstance(distilled.order, ShuffledOrder):
+        raise ValueError("networks of a pool are of different ages and need data in any order: order=shuffled")
+
+
+def build_raw_labels(labels: Labels, distilled: DistilledData, num_classes: int) -> Tensor | None:
+    """What is learned of the labels, at the start.
+
+    Raises:
+        ValueError: a class has no image, and labels are not learned.
+    """
+    raw = labels.raw(distilled.labels, num_classes, distilled.soft_labels)
+    if raw is None and len(distilled.labels.unique()) < num_classes:
+        raise ValueError(f"without an image of each of the {num_classes} classes, labels=learned is needed")
+    return raw
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
@@ -130,7 +172,6 @@ def make_card(cfg: DictConfig, data: RealData) -> dict[str, Any]:
     }
     return card | {
         "classes": data.num_classes,
-        "order": "in every epoch the steps in the order of the file, each step one minibatch",
         "preprocessing": data.preprocessing.as_dict(),
         "seed": cfg.seed,
         "versions": versions(),

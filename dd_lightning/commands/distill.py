@@ -96,7 +96,7 @@ def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, ch
         default_root_dir=str(folder),
         plugins=[AtomicCheckpointIO()],
     )
-    check_processes(trainer, distiller.init)
+    check_processes(trainer, distiller.init, distiller.pool is not None)
     if checkpoint and rank() == 0:
         log.info(f"going on from outer step {step} of {os.path.relpath(folder)} (resume=null starts a new run)")
     return trainer

@@ -2,15 +2,21 @@
 
 from dd_lightning.data.datamodule import Batch, OwnMinibatches, RealData
 from dd_lightning.data.datasets import Digits, ImageDataset, Packed, Pictures, Preprocessing, TorchvisionDataset
+from dd_lightning.data.differentiable import Augment, FlipRotate, Siamese, Unchanged, augment_of
 
 __all__ = [
+    "Augment",
     "Batch",
     "Digits",
+    "FlipRotate",
     "ImageDataset",
     "OwnMinibatches",
     "Packed",
     "Pictures",
     "Preprocessing",
     "RealData",
+    "Siamese",
     "TorchvisionDataset",
+    "Unchanged",
+    "augment_of",
 ]

@@ -1,7 +1,7 @@
 """Sets of images scored on unseen networks, piece by piece in several processes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -60,9 +60,9 @@ class Schedule:
     raw_learning_rates: Float[Tensor, "epoch step"]
     tested: tuple[int, ...]
 
-    def of(self, distilled: DistilledData, epochs: int | None = None) -> DistilledData:
+    def of(self, distilled: DistilledData, epochs: int) -> DistilledData:
         """The images with these learning rates, of the first `epochs` alone."""
-        return replace(distilled, raw_learning_rates=self.raw_learning_rates[:epochs].to(distilled.images))
+        return distilled.of_epochs(epochs, self.raw_learning_rates)
 
 
 @dataclass(frozen=True)

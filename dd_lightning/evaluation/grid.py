@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class Grid:
 
     Args:
         learning_rates: numbers, and `learned` for rates learned for the images (`learn_rates`).
-        epochs: numbers of passes over the images.
+        epochs: numbers of passes over the images; of data in shuffled order, of inner steps.
         outer_steps: of learning rates.
         step_size: of the outer optimizer of the learning rates.
         pictures: share of the validation and of the test pictures that every ten networks see.
@@ -107,7 +106,7 @@ class Grid:
             common = (learner.network, learner.init, learner.unroll, learner.objective, evaluation.data)
             pieces = {
                 f"epochs{epochs}": (
-                    [replace(one, raw_learning_rates=one.raw_learning_rates[:1].expand(epochs, -1)) for one in sets],
+                    [one.of_epochs(epochs) for one in sets],
                     *common,
                     self.outer_steps,
                     self.step_size,

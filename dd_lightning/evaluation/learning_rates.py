@@ -11,7 +11,7 @@ from dd_lightning.init import Init
 from dd_lightning.networks import predict
 from dd_lightning.objectives import Objective
 from dd_lightning.system.workers import Result
-from dd_lightning.unroll import Unroll
+from dd_lightning.unroll import Draws, Unroll
 
 
 def learn_rates(
@@ -42,7 +42,7 @@ def learn_rates(
     for step in range(outer_steps):
         images, labels = data.minibatch(step)  # x_t, line 3
         distilled = replace(sets[step % len(sets)], raw_learning_rates=raw)
-        theta_T = unroll(network, init.sample(network, step), distilled.steps())  # line 6
+        theta_T = unroll(network, init.sample(network, step), distilled.steps(Draws(0, (step,))))  # line 6
         loss = objective(predict(network, theta_T, images), labels)  # line 7
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the outer loss is {loss.item()} while learning rates, at outer step {step}")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from dd_lightning.data import Preprocessing
 from dd_lightning.distilled import DistilledData
@@ -17,7 +18,8 @@ COLUMNS, IMAGES = 20, 200  # more would take minutes to draw, and could not be s
 def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = "") -> Figure:
     """A row per GD step (and image per class), a column per class; at left the learning rates of all epochs.
 
-    Many classes take several rows a step. Of many images the first few hundred are drawn.
+    Many classes take several rows a step. Of many images the first few hundred are drawn. Learned labels stand above
+    their images: the two classes with the largest numbers.
     """
     steps, batch = distilled.images.shape[:2]
     drawn = distilled.images.detach()[: max(IMAGES // batch, 1), :IMAGES]
@@ -39,7 +41,9 @@ def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = 
         for index in range(batch):
             axis = axes[step * rows_per_step + index // columns, index % columns]
             axis.imshow(_visible(images[step, index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            if (step == 0 and index < columns) or distilled.num_classes > columns:
+            if distilled.soft_labels is not None:
+                axis.set_title(_label(distilled.soft_labels[step, index]), fontsize=6)
+            elif (step == 0 and index < columns) or distilled.num_classes > columns:
                 axis.set_title(str(int(distilled.labels[step, index])), fontsize=10)
         text = "\n".join(f"η = {rate:.3g}" for rate in rates[:, step].tolist())
         left = axes[step * rows_per_step, 0]
@@ -53,6 +57,11 @@ def draw(distilled: DistilledData, preprocessing: Preprocessing, title: str, pat
     """Writes `figure` as a picture file."""
     with atomic_path(path) as temporary:
         figure(distilled, preprocessing, title).savefig(temporary)
+
+
+def _label(label: Tensor) -> str:
+    values, classes = label.detach().topk(2)
+    return "  ".join(f"{k}: {value:.2f}" for k, value in zip(classes.tolist(), values.tolist(), strict=True))
 
 
 def _visible(image: np.ndarray) -> np.ndarray:

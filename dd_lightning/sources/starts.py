@@ -1,25 +1,34 @@
 """Ways to obtain distilled data: noise or real images to start from, or a saved file."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dd_lightning.data import RealData
-from dd_lightning.distilled import DistilledData
+from dd_lightning.distilled import DistilledData, softplus_inverse
 from dd_lightning.system.checks import check_count, check_positive
 from dd_lightning.system.seeding import Stream, generator
 
 
-def class_labels(data: RealData, steps: int, images_per_class: int = 1) -> Int[Tensor, "step batch"]:
+def class_labels(
+    data: RealData, steps: int, images_per_class: int = 1, classes: Sequence[int] | None = None
+) -> Int[Tensor, "step batch"]:
     """`images_per_class` images of each class in every GD step, in class order.
 
+    Args:
+        classes: those that have images; None is all.
+
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1, or classes that are not different ones of the data set.
     """
     check_count(steps=steps, images_per_class=images_per_class)
-    return torch.arange(data.num_classes).repeat(images_per_class).expand(steps, -1).contiguous()
+    chosen = list(range(data.num_classes) if classes is None else classes)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(data.num_classes)):
+        raise ValueError(f"classes must be different ones of 0 to {data.num_classes - 1}, not {chosen}")
+    return torch.tensor(chosen).repeat(images_per_class).expand(steps, -1).contiguous()
 
 
 def real_images(
@@ -49,18 +58,25 @@ def noise(
     epochs: int = 3,
     images_per_class: int = 1,
     learning_rate: float | Sequence[float] = 0.02,
-    std: float = 1.0,
+    std: float | None = 1.0,
+    classes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> DistilledData:
     """Images drawn from N(0, std²) in the normalised space, in class order (Algorithm 1, line 1).
 
+    Args:
+        std: None divides each image by its L2 norm instead.
+        classes: those that have images; None is all.
+
     Raises:
-        ValueError: a count below 1, or a learning rate or std that is not positive.
+        ValueError: a count below 1, a learning rate or std that is not positive, or unknown classes.
     """
-    check_positive(std=std)
-    labels = class_labels(data, steps, images_per_class)
+    if std is not None:
+        check_positive(std=std)
+    labels = class_labels(data, steps, images_per_class, classes)
     shape = (*labels.shape, *data.preprocessing.image_shape)
-    images = std * torch.randn(shape, generator=generator(seed, Stream.DISTILLED))
+    images = torch.randn(shape, generator=generator(seed, Stream.DISTILLED))
+    images = images / images.flatten(2).norm(dim=2)[..., None, None, None] if std is None else std * images
     return DistilledData.create(images, labels, epochs, learning_rate)
 
 
@@ -70,27 +86,37 @@ def real(
     epochs: int = 3,
     images_per_class: int = 1,
     learning_rate: float | Sequence[float] = 0.02,
+    classes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> DistilledData:
     """Random real training images of each class, in class order.
 
+    Args:
+        classes: those that have images; None is all.
+
     Raises:
-        ValueError: a count below 1, a learning rate that is not positive, or fewer real images of a class than asked.
+        ValueError: a count below 1, a learning rate that is not positive, fewer real images of a class than asked, or
+            unknown classes.
     """
-    labels = class_labels(data, steps, images_per_class)
+    labels = class_labels(data, steps, images_per_class, classes)
     images = real_images(data, labels, generator(seed, Stream.DISTILLED))
     return DistilledData.create(images, labels, epochs, learning_rate)
 
 
-def learned(data: RealData, path: str | None) -> DistilledData:
+def learned(
+    data: RealData, path: str | None, learning_rate: float | None = None, soft_labels: bool = True
+) -> DistilledData:
     """Distilled data saved by an earlier run.
 
     Args:
         path: of the run's folder or of its `distilled.safetensors`.
+        learning_rate: instead of those that were learned, such as for another inner optimizer.
+        soft_labels: false uses the images with their classes, where labels were learned.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: no path was given, or the file is not distilled data of this data set's classes and image shape.
+        ValueError: no path was given, a rate that is not positive, or the file is not distilled data of this data
+            set's classes and image shape.
     """
     if not path:
         raise ValueError("say which distilled data: distilled.path=RUN_OR_FILE")
@@ -106,4 +132,8 @@ def learned(data: RealData, path: str | None) -> DistilledData:
             f"{path} holds images of {'×'.join(map(str, found))}; "
             f"data set {data.dataset.name} has {'×'.join(map(str, wanted))}"
         )
-    return distilled
+    if learning_rate is not None:
+        check_positive(learning_rate=learning_rate)
+        rates = torch.full_like(distilled.raw_learning_rates, learning_rate)
+        distilled = replace(distilled, raw_learning_rates=softplus_inverse(rates))
+    return distilled if soft_labels else replace(distilled, soft_labels=None)

@@ -24,6 +24,11 @@ class Stream(IntEnum):
     SPLIT = 6
     PRETRAINING = 7
     BASELINE = 8
+    WINDOW = 9
+    ORDER = 10
+    AUGMENT_DISTILLED = 11
+    AUGMENT_REAL = 12
+    POOL = 13
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:

@@ -1,7 +1,16 @@
 """What Lightning brings to Algorithm 1: callbacks, loggers, runs that go on, several processes."""
 
 from dd_lightning.training.callbacks import DistilledPictures, HeldOutEvaluation, LastGood, ProgressBar
+from dd_lightning.training.clipping import AdaptiveClipping
 from dd_lightning.training.loggers import CSVLogger
 from dd_lightning.training.resuming import ResumeCheckpoint
 
-__all__ = ["CSVLogger", "DistilledPictures", "HeldOutEvaluation", "LastGood", "ProgressBar", "ResumeCheckpoint"]
+__all__ = [
+    "AdaptiveClipping",
+    "CSVLogger",
+    "DistilledPictures",
+    "HeldOutEvaluation",
+    "LastGood",
+    "ProgressBar",
+    "ResumeCheckpoint",
+]

@@ -29,12 +29,17 @@ def check_strategy(strategy: object) -> None:
     raise ValueError(f"trainer.strategy={strategy} {reason}; use trainer=ddp")
 
 
-def check_processes(trainer: pl.Trainer, init: Init) -> None:
+def check_processes(trainer: pl.Trainer, init: Init, pool: bool = False) -> None:
     """Refuses what cannot be split over the processes of `trainer`.
+
+    Args:
+        pool: whether networks are kept from one outer step to the next.
 
     Raises:
         ValueError: the strategy cannot distil, or there are fewer initial weights per outer step than processes.
     """
+    if pool and trainer.world_size > 1:
+        raise ValueError(f"window=pool works in one process, not in {trainer.world_size}; window=random does in any")
     if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
         check_strategy(type(trainer.strategy).__name__)
     if init.per_step < trainer.world_size:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dd_lightning.networks import Weights
 from dd_lightning.unroll.choice import batched_gradient, single_gradient
 from dd_lightning.unroll.gradients import Images, StepGradient
-from dd_lightning.unroll.interface import Step, Unroll
+from dd_lightning.unroll.interface import Unroll
 from dd_lightning.unroll.optimizers import InnerOptimizer, State
+from dd_lightning.unroll.order import Step
 
 
 class AdjointUnroll(Unroll):
@@ -58,19 +59,21 @@ class AdjointUnroll(Unroll):
                     raise
         return single_gradient(network, theta, images)
 
-    def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
-        theta, state = theta_0, self.optimizer.init(theta_0)
+    def walk(
+        self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]
+    ) -> Iterator[tuple[Weights, State]]:
         with torch.no_grad():
             for images, labels, rate in steps:
                 gradient, _ = self.gradient(network, theta, images)(theta, images, labels, again=False)
                 theta, state = self.optimizer.update(theta, gradient, state, rate)
-                yield theta
+                yield theta, state
 
-    def __call__(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Weights:
+    def window(self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]) -> tuple[Weights, State]:
         images, labels, rates = zip(*steps, strict=True)
-        gradient = self.gradient(network, theta_0, images[0])
-        theta_T = _Unrolled.apply(self, gradient, list(theta_0), labels, *theta_0.values(), *images, *rates)
-        return dict(zip(theta_0, theta_T, strict=True))
+        gradient = self.gradient(network, theta, images[0])
+        names = list(theta), list(state)
+        found = _Unrolled.apply(self, gradient, names, *theta.values(), *state.values(), *images, *labels, *rates)
+        return dict(zip(theta, found, strict=False)), dict(zip(state, found[len(theta) :], strict=True))
 
     def check(self, network: nn.Module, theta_0: Weights, images: Images) -> None:
         self.gradient(network, theta_0, images)
@@ -102,30 +105,31 @@ class _Loop:
 
     def reverse(
         self, i: int, taped: Any, adjoint: Weights, state_adjoint: State
-    ) -> tuple[Weights, State, Tensor, Tensor]:
-        """Adjoints before step i from those after it; the gradients of its images and its rate."""
+    ) -> tuple[Weights, State, tuple[Tensor, Tensor | None, Tensor]]:
+        """Adjoints before step i from those after it; the gradients of its images, labels and rate."""
         theta, state, gradient, tape = taped
         found = self.optimizer.reverse((theta, gradient, state), self.rates[i].detach(), adjoint, state_adjoint)
-        product, grad_images = self.gradient.derivative(tape, found.gradient)
+        product, grad_images, grad_labels = self.gradient.derivative(tape, found.gradient)
         adjoint = {name: torch.addcmul(value, product[name], found.scale) for name, value in found.theta.items()}
-        return adjoint, found.state, found.scale * grad_images, found.learning_rate
+        grad_labels = None if grad_labels is None else found.scale * grad_labels
+        return adjoint, found.state, (found.scale * grad_images, grad_labels, found.learning_rate)
 
 
 class _Unrolled(torch.autograd.Function):
-    """θ_T of all images and learning rates, as one operation of the outer graph."""
+    """θ_T of all images, labels and learning rates, as one operation of the outer graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, engine: AdjointUnroll, gradient: StepGradient, names: list[str], labels: Any, *tensors: Tensor
+        ctx: Any, engine: AdjointUnroll, gradient: StepGradient, names: tuple[list[str], list[str]], *tensors: Tensor
     ) -> Any:
-        count = len(labels)
-        images, rates = tensors[len(names) : len(names) + count], tensors[len(names) + count :]
-        loop = _Loop(engine.optimizer, gradient, images, labels, rates)
-        theta: Weights = gradient.prepared(dict(zip(names, tensors, strict=False)))
-        state = engine.optimizer.init(theta)
+        of_theta, of_state = (len(part) for part in names)
+        theta: Weights = gradient.prepared(dict(zip(names[0], tensors, strict=False)))
+        state: State = dict(zip(names[1], tensors[of_theta:], strict=False))
+        data = tensors[of_theta + of_state :]
+        loop = _Loop(engine.optimizer, gradient, *_thirds(data))
         stored: dict[int, Any] = {}
-        segment = math.isqrt(count)
-        for i in range(count):
+        segment = math.isqrt(len(loop.rates))
+        for i in range(len(loop.rates)):
             if engine.recompute and i % segment == 0:
                 stored[i] = tuple(
                     {n: v.cpu() if engine.offload else v for n, v in part.items()} for part in (theta, state)
@@ -133,21 +137,20 @@ class _Unrolled(torch.autograd.Function):
             theta, state, taped = loop.step(i, theta, state, again=not engine.recompute)
             if not engine.recompute:
                 stored[i] = taped
-        ctx.engine, ctx.gradient, ctx.names, ctx.labels, ctx.stored = engine, gradient, names, labels, stored
-        ctx.save_for_backward(*images, *rates)
-        return tuple(theta.values())
+        ctx.engine, ctx.gradient, ctx.names, ctx.stored = engine, gradient, names, stored
+        ctx.save_for_backward(*data)
+        after = [state[name] for name in names[1]]
+        ctx.mark_non_differentiable(*after)
+        return *theta.values(), *after
 
     @staticmethod
-    def backward(ctx: Any, *grad_theta: Tensor) -> Any:
-        count, device = len(ctx.labels), grad_theta[0].device
-        loop = _Loop(
-            ctx.engine.optimizer, ctx.gradient, ctx.saved_tensors[:count], ctx.labels, ctx.saved_tensors[count:]
-        )
-        grad_images: list[Tensor | None] = [None] * count
-        grad_rates: list[Tensor | None] = [None] * count
-        adjoint, state_adjoint = dict(zip(ctx.names, grad_theta, strict=True)), {}
-        stored, segment = ctx.stored, math.isqrt(count)
-        for i in reversed(range(count)):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        names, device = ctx.names[0], grads[0].device
+        loop = _Loop(ctx.engine.optimizer, ctx.gradient, *_thirds(ctx.saved_tensors))
+        found: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        adjoint, state_adjoint = dict(zip(names, grads, strict=False)), {}
+        stored, segment = ctx.stored, math.isqrt(len(loop.rates))
+        for i in reversed(range(len(loop.rates))):
             if ctx.engine.recompute:
                 for k in range(i // segment * segment, i):  # the weights of a segment, once it is entered
                     if i in stored:
@@ -158,5 +161,13 @@ class _Unrolled(torch.autograd.Function):
                 taped = loop.step(i, theta, state, again=True)[2]
             else:
                 taped = stored.pop(i)
-            adjoint, state_adjoint, grad_images[i], grad_rates[i] = loop.reverse(i, taped, adjoint, state_adjoint)
-        return None, None, None, None, *([None] * len(ctx.names)), *grad_images, *grad_rates
+            adjoint, state_adjoint, of_data = loop.reverse(i, taped, adjoint, state_adjoint)
+            found.append(of_data)
+        images, labels, rates = zip(*reversed(found), strict=True)
+        return None, None, None, *([None] * (len(names) + len(ctx.names[1]))), *images, *labels, *rates
+
+
+def _thirds(data: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Images, labels and rates of the steps, which are given one after the other."""
+    count = len(data) // 3
+    return data[:count], data[count : 2 * count], data[2 * count :]

@@ -11,7 +11,7 @@ from dd_lightning.networks import Weights, count, split
 
 log = logging.getLogger(__name__)
 
-Loss = Callable[[Weights, Tensor, Tensor], Tensor]  # of θ₀ and a real minibatch
+Loss = Callable[[Weights, Tensor, Tensor], Tensor]  # of θ (and the state of its optimizer) and a real minibatch
 Inputs = tuple[Weights, Tensor, Tensor]
 Outputs = tuple[Tensor, list[Tensor]]  # the loss, and its gradient with respect to each parameter
 

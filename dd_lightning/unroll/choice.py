@@ -97,5 +97,5 @@ def _trial(gradient: StepGradient, theta: Weights, images: Images) -> tuple[Weig
     direction = {
         n: torch.linspace(-1, 1, w.numel(), dtype=w.dtype, device=w.device).view(w.shape) for n, w in theta.items()
     }
-    product, of_images = gradient.derivative(tape, direction)
+    product, of_images, _ = gradient.derivative(tape, direction)
     return found, {**product, "": of_images}

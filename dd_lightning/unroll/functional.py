@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dd_lightning.networks import channels_last, frozen, memory_format, run_with
-from dd_lightning.unroll.interface import GraphUnroll, Single, Step
+from dd_lightning.unroll.interface import GraphUnroll, Single
+from dd_lightning.unroll.optimizers import State
+from dd_lightning.unroll.order import Step
 
 
 class FunctionalUnroll(GraphUnroll):
@@ -17,19 +19,21 @@ class FunctionalUnroll(GraphUnroll):
     """
 
     def unroll(
-        self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
-    ) -> Iterator[Single]:
+        self, network: nn.Module, theta: Single, state: State, steps: Iterable[Step], differentiable: bool
+    ) -> Iterator[tuple[Single, State]]:
         steps = list(steps)
+        if not steps:
+            return
         format = memory_format(network, steps[0][0])
         if format == torch.channels_last:
-            theta_0 = {name: channels_last(weight) for name, weight in theta_0.items()}
-        fixed = frozen(network)
-        theta = _leaves({name: weight for name, weight in theta_0.items() if name not in fixed})
-        state = self.optimizer.init(theta)
+            theta = {name: channels_last(weight) for name, weight in theta.items()}
+        names, before, fixed = list(theta), state, frozen(network)
+        of_fixed = {name: weight for name, weight in theta.items() if name in fixed}
+        theta = _leaves({name: weight for name, weight in theta.items() if name not in fixed})
         for images, labels, rate in steps:
             with torch.enable_grad():
                 images = images.to(memory_format=format)
-                loss = F.cross_entropy(run_with(network, theta_0 | theta, images), labels)
+                loss = F.cross_entropy(run_with(network, of_fixed | theta, images), labels)
                 gradients = torch.autograd.grad(
                     loss, list(theta.values()), create_graph=differentiable, materialize_grads=True
                 )
@@ -37,7 +41,8 @@ class FunctionalUnroll(GraphUnroll):
                 theta, state = self.optimizer.update(theta, gradient, state, rate)  # Eq. (9)
             if not differentiable:
                 theta, state = _leaves(theta), {name: value.detach() for name, value in state.items()}
-            yield theta_0 | theta
+            after = of_fixed | theta
+            yield {name: after[name] for name in names}, before | state
 
 
 def _leaves(theta: Single) -> Single:

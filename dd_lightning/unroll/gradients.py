@@ -13,7 +13,7 @@ from dd_lightning.networks import Weights, forward_each, frozen, run_with, train
 
 Images = Float[Tensor, "batch c h w"]
 
-Labels = Int[Tensor, " batch"]
+Labels = Int[Tensor, " batch"] | Float[Tensor, "batch classes"]
 
 
 class StepGradient(ABC):
@@ -31,8 +31,8 @@ class StepGradient(ABC):
         """∇ℓ, and if it is wanted `again` what `derivative` needs."""
 
     @abstractmethod
-    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
-        """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x̃ in the direction v."""
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
+        """∇²ℓ v, ∂⟨∇ℓ, v⟩/∂x̃ and, of labels that are real numbers, ∂⟨∇ℓ, v⟩/∂ỹ in the direction v."""
 
 
 class AutogradGradient(StepGradient):
@@ -55,24 +55,28 @@ class AutogradGradient(StepGradient):
         fixed = frozen(self.network)
         theta = {name: value.detach().requires_grad_(name not in fixed) for name, value in theta.items()}
         images = images.detach().requires_grad_(again)
+        labels = labels.detach().requires_grad_(again and labels.is_floating_point())
         with training_without_dropout(self.network):
             logits = self.logits(theta, images)
         # The sum over networks of each network's mean: no network sees another's gradient.
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))) * len(logits)
+        of_each = labels.repeat(len(logits), *[1] * (labels.ndim - 1))
+        loss = F.cross_entropy(logits.flatten(0, 1), of_each) * len(logits)
         leaves = {name: value for name, value in theta.items() if value.requires_grad}
         gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=again, materialize_grads=True)
         found = dict(zip(leaves, gradient, strict=True))
         detached = {name: value.detach() for name, value in found.items()}
-        return of_all(theta, detached), (found, leaves, images) if again else None
+        return of_all(theta, detached), (found, leaves, images, labels) if again else None
 
-    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
-        found, leaves, images = tape
-        inputs = [*leaves.values(), images]
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
+        found, leaves, images, labels = tape
+        inputs = [*leaves.values(), images, *([labels] if labels.requires_grad else [])]
         used = [name for name, value in found.items() if value.requires_grad]  # by the forward
-        *hessian, grad_images = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [found[name] for name in used], inputs, [direction[name] for name in used], materialize_grads=True
         )
-        return of_all(direction, dict(zip(leaves, hessian, strict=True))), grad_images
+        hessian, (grad_images, *grad_labels) = gradients[: len(leaves)], gradients[len(leaves) :]
+        product = of_all(direction, dict(zip(leaves, hessian, strict=True)))
+        return product, grad_images, grad_labels[0] if grad_labels else None
 
 
 def of_all(theta: Weights, found: Weights, fixed: frozenset[str] = frozenset()) -> Weights:

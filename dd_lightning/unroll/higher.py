@@ -11,7 +11,9 @@ from torch import nn
 from dd_lightning.networks import Weights, forward_each, frozen, training_without_dropout
 from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.unroll.gradients import Images
-from dd_lightning.unroll.interface import GraphUnroll, Single, Step
+from dd_lightning.unroll.interface import GraphUnroll, Single
+from dd_lightning.unroll.optimizers import State
+from dd_lightning.unroll.order import Step
 
 
 class HigherUnroll(GraphUnroll):
@@ -36,10 +38,11 @@ class HigherUnroll(GraphUnroll):
         super().check(network, theta_0, images)
 
     def unroll(
-        self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
-    ) -> Iterator[Single]:
+        self, network: nn.Module, theta: Single, state: State, steps: Iterable[Step], differentiable: bool
+    ) -> Iterator[tuple[Single, State]]:
         functional: Any = higher.monkeypatch(network, track_higher_grads=differentiable)
         names, fixed = [name for name, _ in network.named_parameters()], frozen(network)
+        trained = [name for name in names if name not in fixed]
         optimizer = higher.get_diff_optim(
             # The rate is given at every step.
             self.optimizer.torch_optimizer([p for p in network.parameters() if p.requires_grad]),
@@ -47,10 +50,13 @@ class HigherUnroll(GraphUnroll):
             functional,
             track_higher_grads=differentiable,
         )
-        theta = [theta_0[name].detach().requires_grad_(name not in fixed) for name in names]
-        functional.update_params(theta)  # also those of modules whose forward is not called, as in attention
+        for index, name in enumerate(trained):
+            optimizer.state[0][index].update(self.optimizer.torch_state(state, name))
+        weights = [theta[name].detach().requires_grad_(name not in fixed) for name in names]
+        functional.update_params(weights)  # also those of modules whose forward is not called, as in attention
         for images, labels, learning_rate in steps:  # Eq. (9)
             with torch.enable_grad():
-                loss = F.cross_entropy(functional(images, params=theta), labels)
-                theta = list(optimizer.step(loss, params=theta, override={"lr": [learning_rate]}))
-            yield dict(zip(names, theta, strict=True))
+                loss = F.cross_entropy(functional(images, params=weights), labels)
+                weights = list(optimizer.step(loss, params=weights, override={"lr": [learning_rate]}))
+            states = {name: optimizer.state[0][index] for index, name in enumerate(trained)}
+            yield dict(zip(names, weights, strict=True)), state | self.optimizer.from_torch_state(states)

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from dd_lightning.networks import Weights, frozen, run_with, stack, training_without_dropout, unstack
+from dd_lightning.networks import Weights, count, frozen, run_with, stack, training_without_dropout, unstack
 from dd_lightning.system.processor import is_out_of_memory
-from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer
+from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer, State
+from dd_lightning.unroll.order import Step
 
 Single = dict[str, Tensor]  # the weights of one network
-Step = tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"], Float[Tensor, ""]]  # images, labels, η̃
 
 
 class Unroll(ABC):
@@ -31,19 +31,40 @@ class Unroll(ABC):
     def __init__(self, optimizer: InnerOptimizer | None = None) -> None:
         self.optimizer = optimizer or GradientDescent()
 
-    @abstractmethod
     def __call__(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Weights:
-        """θ_T of all J networks, differentiable with respect to every image and learning rate.
+        """θ_T of all J networks, differentiable with respect to every image, label and learning rate.
 
         Args:
             network: the template; its own weights are not used. Runs in train mode with dropout off.
             theta_0: initial weights, each with a leading axis over the J networks.
             steps: images, labels and learning rate of each GD step, in order.
         """
+        return self.window(network, theta_0, self.optimizer.init(theta_0, count(theta_0)), steps)[0]
 
     @abstractmethod
+    def window(self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]) -> tuple[Weights, State]:
+        """The same from the middle of a training: weights, and the inner optimizer's state, which has no gradient.
+
+        Args:
+            theta: weights of the J networks where the window begins.
+            state: of the inner optimizer there.
+        """
+
+    @abstractmethod
+    def walk(
+        self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]
+    ) -> Iterator[tuple[Weights, State]]:
+        """Yields weights and optimizer's state of all J networks after every GD step, without gradients."""
+
+    def advance(self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]) -> tuple[Weights, State]:
+        """Weights and optimizer's state after all of the steps, without gradients."""
+        for after in self.walk(network, theta, state, steps):
+            theta, state = after
+        return theta, state
+
     def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
         """Yields the weights of all J networks after every GD step, without gradients."""
+        return (theta for theta, _ in self.walk(network, theta_0, self.optimizer.init(theta_0, count(theta_0)), steps))
 
     def check(self, network: nn.Module, theta_0: Weights, images: Float[Tensor, "batch c h w"]) -> None:
         """Refuses a network that this engine cannot unroll, by one step of one network there and back.
@@ -78,22 +99,31 @@ class GraphUnroll(Unroll):
 
     @abstractmethod
     def unroll(
-        self, network: nn.Module, theta_0: Single, steps: Iterable[Step], differentiable: bool
-    ) -> Iterator[Single]:
-        """Yields one network's weights after every step; a graph leads from them to the data if `differentiable`."""
+        self, network: nn.Module, theta: Single, state: State, steps: Iterable[Step], differentiable: bool
+    ) -> Iterator[tuple[Single, State]]:
+        """Yields one network's weights and state after every step; a graph leads to the data if `differentiable`."""
 
-    def __call__(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Weights:
+    def window(self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]) -> tuple[Weights, State]:
         steps, trained = list(steps), []
         with training_without_dropout(network):
-            for theta in unstack(theta_0):
-                for theta in self.unroll(network, theta, steps, differentiable=True):  # noqa: B007, B020 - the last
+            for single, own in zip(unstack(theta), _unstacked(state, count(theta)), strict=True):
+                for single, own in self.unroll(network, single, own, steps, differentiable=True):  # noqa: B007, B020 - the last
                     pass
-                trained.append(theta)
-        return stack(trained)
+                trained.append((single, own))
+        thetas, states = zip(*trained, strict=True)
+        return stack(list(thetas)), {name: value.detach() for name, value in stack(list(states)).items()}
 
-    def trajectory(self, network: nn.Module, theta_0: Weights, steps: Iterable[Step]) -> Iterator[Weights]:
+    def walk(
+        self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]
+    ) -> Iterator[tuple[Weights, State]]:
         steps = list(steps)
         with training_without_dropout(network):
-            each = [self.unroll(network, single, steps, differentiable=False) for single in unstack(theta_0)]
-            for thetas in zip(*each, strict=True):
-                yield {name: value.detach() for name, value in stack(list(thetas)).items()}
+            singles = zip(unstack(theta), _unstacked(state, count(theta)), strict=True)
+            each = [self.unroll(network, single, own, steps, differentiable=False) for single, own in singles]
+            for after in zip(*each, strict=True):
+                thetas, states = (stack(list(part)) for part in zip(*after, strict=True))
+                yield {name: value.detach() for name, value in thetas.items()}, states
+
+
+def _unstacked(state: State, networks: int) -> list[State]:
+    return unstack(state) if state else [{} for _ in range(networks)]

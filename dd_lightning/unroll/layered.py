@@ -49,7 +49,11 @@ class LayeredGradient(StepGradient):
                 activation[node] = len(self._layers)
 
     def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:
-        """∇ℓ for x as the first layer takes it; labels broadcast against logits, whose axis 1 is the classes."""
+        """∇ℓ for x as the first layer takes it.
+
+        Args:
+            labels: classes, to broadcast against logits, whose axis 1 is the classes; or real numbers, laid out alike.
+        """
         activations, saved = [x], []
         for layer, inputs in self._layers:
             y, kept = layer.forward([theta[n] for n in layer.names], [activations[i] for i in inputs])
@@ -57,10 +61,9 @@ class LayeredGradient(StepGradient):
             saved.append(kept)
         logits = activations[self._output]
         probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
-        classes = torch.arange(probabilities.shape[1], device=labels.device)
-        truth = labels == classes.view(-1, *(1,) * (probabilities.ndim - 2))
+        wrong, total, images = _errors(probabilities, labels)
         adjoints: list[Tensor | None] = [None] * len(activations)
-        adjoints[self._output] = ((probabilities - truth.to(probabilities.dtype)) / labels.numel()).to(logits.dtype)
+        adjoints[self._output] = (wrong / images).to(logits.dtype)
         gradient: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
@@ -70,12 +73,12 @@ class LayeredGradient(StepGradient):
             _accumulate(adjoints, inputs, found)
             _collect(gradient, layer.names, w_adjoints)
         fixed = frozen(self.network)
-        tape = (theta, fixed, saved, adjoints, probabilities, labels) if again else None
+        tape = (theta, fixed, saved, adjoints, probabilities, total, images) if again else None
         return of_all(theta, gradient, fixed), tape
 
-    def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor]:
-        """∇²ℓ v and ∂⟨∇ℓ, v⟩/∂x."""
-        theta, fixed, saved, adjoints, probabilities, labels = tape
+    def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor, Tensor | None]:
+        """∇²ℓ v, ∂⟨∇ℓ, v⟩/∂x and, of labels that are real numbers, ∂⟨∇ℓ, v⟩/∂y."""
+        theta, fixed, saved, adjoints, probabilities, total, images = tape
         direction = of_all(theta, direction, fixed)
         tangents: list[Tensor | None] = [None] * len(adjoints)
         tsaved = []
@@ -84,9 +87,11 @@ class LayeredGradient(StepGradient):
             tangents[index + 1], kept = layer.tangent(w, saved[index], v, [tangents[i] for i in inputs])
             tsaved.append(kept)
         moved = probabilities * tangents[self._output]
-        moved = moved - probabilities * moved.sum(1, keepdim=True)
+        mean = moved.sum(1, keepdim=True)
+        moved = moved - probabilities * mean
+        grad_labels = None if total is None else (mean - tangents[self._output]) / images
         eadjoints: list[Tensor | None] = [None] * len(adjoints)
-        eadjoints[self._output] = moved / labels.numel()
+        eadjoints[self._output] = (moved if total is None else moved * total) / images
         hessian: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
@@ -98,7 +103,7 @@ class LayeredGradient(StepGradient):
             _collect(hessian, layer.names, w_adjoints)
         grad_x = eadjoints[0]
         assert grad_x is not None
-        return of_all(theta, hessian, fixed), grad_x
+        return of_all(theta, hessian, fixed), grad_x, grad_labels
 
 
 class StackedGradient(LayeredGradient):
@@ -119,12 +124,12 @@ class StackedGradient(LayeredGradient):
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
         x = images.permute(1, 2, 3, 0).contiguous()[None, :, None]
-        return self._gradient(theta, x, labels, again)
+        return self._gradient(theta, x, labels.T[None] if labels.is_floating_point() else labels, again)
 
     @torch.no_grad()
-    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
-        hessian, grad_x = self._derivative(tape, direction)
-        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2)
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
+        hessian, grad_x, grad_labels = self._derivative(tape, direction)
+        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2), None if grad_labels is None else grad_labels.sum(0).T
 
 
 class PlainGradient(LayeredGradient):
@@ -138,15 +143,27 @@ class PlainGradient(LayeredGradient):
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
-        found = [self._gradient(single, channels_last(images), labels[:, None], again) for single in unstack(theta)]
+        y = labels if labels.is_floating_point() else labels[:, None]
+        found = [self._gradient(single, channels_last(images), y, again) for single in unstack(theta)]
         gradients, tapes = zip(*found, strict=True)
         return stack(list(gradients)), tapes
 
     @torch.no_grad()
-    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images]:
+    def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
         found = [self._derivative(one, v) for one, v in zip(tape, unstack(direction), strict=True)]
-        hessians, grads_x = zip(*found, strict=True)
-        return stack(list(hessians)), torch.stack(grads_x).sum(0)
+        hessians, grads_x, grads_y = zip(*found, strict=True)
+        grad_labels = None if grads_y[0] is None else torch.stack(grads_y).sum(0)
+        return stack(list(hessians)), torch.stack(grads_x).sum(0), grad_labels
+
+
+def _errors(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """p Σy − y, which is ∂ℓ/∂logits times the number of images; Σy of labels that are real numbers; that number."""
+    if labels.is_floating_point():
+        total = labels.sum(1, keepdim=True)
+        return probabilities * total - labels, total, labels.numel() // labels.shape[1]
+    classes = torch.arange(probabilities.shape[1], device=labels.device)
+    truth = labels == classes.view(-1, *(1,) * (probabilities.ndim - 2))
+    return probabilities - truth.to(probabilities.dtype), None, labels.numel()
 
 
 def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Tensor | None]) -> None:

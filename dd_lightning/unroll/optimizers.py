@@ -10,7 +10,8 @@ from torch import Tensor
 from dd_lightning.networks import Weights
 from dd_lightning.system.checks import check_positive
 
-State = dict[str, Tensor]  # tensors of the optimizer, beside the weights
+State = dict[str, Tensor]  # tensors of the optimizer, beside the weights; of many networks stacked as these are
+COUNTER = "step"  # of the inner steps that each network took, in a state
 Before = tuple[Weights, Weights, State]  # θ, ∇ℓ and the optimizer's state before a step
 
 
@@ -33,8 +34,12 @@ class Reversed(NamedTuple):
 class InnerOptimizer(ABC):
     """How one inner step uses the gradient."""
 
-    def init(self, theta: Weights) -> State:
-        """The state before the first step."""
+    def init(self, theta: Weights, networks: int | None = None) -> State:
+        """The state before the first step.
+
+        Args:
+            networks: J, if the weights are of so many networks; None, of a single one without a leading axis.
+        """
         return {}
 
     @abstractmethod
@@ -65,6 +70,14 @@ class InnerOptimizer(ABC):
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The same optimizer of `torch.optim`, with a learning rate of 1."""
 
+    def torch_state(self, state: State, name: str) -> dict[str, Any]:
+        """What `torch_optimizer` keeps of the weight `name` of one network."""
+        return {}
+
+    def from_torch_state(self, states: dict[str, dict[str, Any]]) -> State:
+        """The inverse of `torch_state`, of all weights."""
+        return {}
+
 
 class GradientDescent(InnerOptimizer):
     """Plain gradient descent, the paper's: θᵢ₊₁ = θᵢ − η̃ᵢ ∇ℓ(x̃ᵢ, θᵢ) (Eq. 9)."""
@@ -94,7 +107,7 @@ class Momentum(InnerOptimizer):
             raise ValueError(f"momentum must be between 0 and 1, not {momentum}")
         self.momentum = momentum
 
-    def init(self, theta: Weights) -> State:
+    def init(self, theta: Weights, networks: int | None = None) -> State:
         return {name: torch.zeros_like(weight) for name, weight in theta.items()}
 
     def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
@@ -103,6 +116,12 @@ class Momentum(InnerOptimizer):
 
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=1.0, momentum=self.momentum)
+
+    def torch_state(self, state: State, name: str) -> dict[str, Any]:
+        return {"momentum_buffer": state[name]}
+
+    def from_torch_state(self, states: dict[str, dict[str, Any]]) -> State:
+        return {name: state["momentum_buffer"] for name, state in states.items()}
 
 
 class Adam(InnerOptimizer):
@@ -118,16 +137,18 @@ class Adam(InnerOptimizer):
         check_positive(eps=eps)
         self.betas, self.eps = tuple(betas), eps
 
-    def init(self, theta: Weights) -> State:
+    def init(self, theta: Weights, networks: int | None = None) -> State:
         zeros = {f"{moment}/{name}": torch.zeros_like(w) for moment in "mv" for name, w in theta.items()}
-        return {"step": torch.zeros((), dtype=torch.float64), **zeros}
+        return {COUNTER: torch.zeros([] if networks is None else [networks], dtype=torch.float64), **zeros}
 
     def update(self, theta: Weights, gradient: Weights, state: State, learning_rate: Tensor) -> tuple[Weights, State]:
         beta1, beta2 = self.betas
-        new, updated = {"step": state["step"] + 1}, {}
-        step = float(new["step"])
-        correction = (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        new, updated = {COUNTER: state[COUNTER] + 1}, {}
+        corrections = (1 - beta2 ** new[COUNTER]) ** 0.5 / (1 - beta1 ** new[COUNTER])
         for name, weight in theta.items():
+            # Networks may be of different ages, each with its own count; of a single one it is a number.
+            shape = [-1, *[1] * (weight.ndim - 1)] if corrections.ndim else []
+            correction = corrections.to(weight.device, weight.dtype).view(shape)
             g = gradient[name]
             m = new[f"m/{name}"] = beta1 * state[f"m/{name}"] + (1 - beta1) * g
             v = new[f"v/{name}"] = beta2 * state[f"v/{name}"] + (1 - beta2) * g * g
@@ -139,6 +160,16 @@ class Adam(InnerOptimizer):
 
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=1.0, betas=self.betas, eps=self.eps)  # type: ignore[arg-type]
+
+    def torch_state(self, state: State, name: str) -> dict[str, Any]:
+        moments = {"exp_avg": state[f"m/{name}"], "exp_avg_sq": state[f"v/{name}"]}
+        return {"step": int(state[COUNTER]), **moments} if state[COUNTER] else {}
+
+    def from_torch_state(self, states: dict[str, dict[str, Any]]) -> State:
+        moments = {f"m/{name}": state["exp_avg"] for name, state in states.items()}
+        moments |= {f"v/{name}": state["exp_avg_sq"] for name, state in states.items()}
+        step = next(iter(states.values()))["step"]
+        return {COUNTER: torch.tensor(float(step), dtype=torch.float64), **moments}
 
 
 def inner_optimizer(card: dict[str, Any]) -> InnerOptimizer:
@@ -156,4 +187,4 @@ def inner_optimizer(card: dict[str, Any]) -> InnerOptimizer:
 
 def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, cut from their history, for gradients to be taken with respect to them (but to counters)."""
-    return {name: value.detach().requires_grad_(value.ndim > 0) for name, value in tensors.items()}
+    return {name: value.detach().requires_grad_(name != COUNTER) for name, value in tensors.items()}
