@@ -15,6 +15,7 @@ from dd_lightning.init.random import RandomInit
 from dd_lightning.networks import (
     Weights,
     accuracy,
+    concatenated,
     confusion,
     count,
     frozen,
@@ -128,7 +129,7 @@ def _gradient(
         # One after the other: a CPU keeps at hand what it works on, and no network changes another's rounding.
         own = zip(split(theta, 1), images, labels, strict=True)
         found = [alone(alone.prepared(single), x, y, again=False)[0] for single, x, y in own]
-        return {name: torch.cat([gradient[name] for gradient in found]) for name in theta}
+        return concatenated(found)
 
     return each
 
@@ -190,7 +191,7 @@ def train_networks(
         streams = [data.reseeded(derive_seed(init.seed, Stream.PRETRAINING, index)) for index in chunk]
         share = len(chunk) / recipe.epochs
         trained.append(train(network, weights, streams, recipe, lambda share=share: on_epoch(share)))
-    weights = {name: torch.cat([chunk[name] for chunk in trained]) for name in trained[0]}
+    weights = concatenated(trained)
     diverged = [i for row, i in enumerate(indices) if not all(v[row].isfinite().all() for v in weights.values())]
     if diverged:
         raise FloatingPointError(f"the weights of network {diverged[0]} are not finite; try a smaller recipe.lr")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dd_lightning.networks import Weights, count, frozen, run_with, stack, training_without_dropout, unstack
 from dd_lightning.system.processor import is_out_of_memory
-from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer, State
+from dd_lightning.unroll.optimizers import GradientDescent, InnerOptimizer, State, unstack_state
 from dd_lightning.unroll.order import Step
 
 Single = dict[str, Tensor]  # the weights of one network
@@ -106,7 +106,7 @@ class GraphUnroll(Unroll):
     def window(self, network: nn.Module, theta: Weights, state: State, steps: Iterable[Step]) -> tuple[Weights, State]:
         steps, trained = list(steps), []
         with training_without_dropout(network):
-            for single, own in zip(unstack(theta), _unstacked(state, count(theta)), strict=True):
+            for single, own in zip(unstack(theta), unstack_state(state, count(theta)), strict=True):
                 for single, own in self.unroll(network, single, own, steps, differentiable=True):  # noqa: B007, B020 - the last
                     pass
                 trained.append((single, own))
@@ -118,12 +118,8 @@ class GraphUnroll(Unroll):
     ) -> Iterator[tuple[Weights, State]]:
         steps = list(steps)
         with training_without_dropout(network):
-            singles = zip(unstack(theta), _unstacked(state, count(theta)), strict=True)
+            singles = zip(unstack(theta), unstack_state(state, count(theta)), strict=True)
             each = [self.unroll(network, single, own, steps, differentiable=False) for single, own in singles]
             for after in zip(*each, strict=True):
                 thetas, states = (stack(list(part)) for part in zip(*after, strict=True))
                 yield {name: value.detach() for name, value in thetas.items()}, states
-
-
-def _unstacked(state: State, networks: int) -> list[State]:
-    return unstack(state) if state else [{} for _ in range(networks)]

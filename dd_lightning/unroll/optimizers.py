@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dd_lightning.networks import Weights
+from dd_lightning.networks import Weights, unstack
 from dd_lightning.system.checks import check_positive
 
 State = dict[str, Tensor]  # tensors of the optimizer, beside the weights; of many networks stacked as these are
@@ -170,6 +170,11 @@ class Adam(InnerOptimizer):
         moments |= {f"v/{name}": state["exp_avg_sq"] for name, state in states.items()}
         step = next(iter(states.values()))["step"]
         return {COUNTER: torch.tensor(float(step), dtype=torch.float64), **moments}
+
+
+def unstack_state(state: State, networks: int) -> list[State]:
+    """The states of single networks in that of J; some optimizers have none."""
+    return unstack(state) if state else [{} for _ in range(networks)]
 
 
 def inner_optimizer(card: dict[str, Any]) -> InnerOptimizer:

@@ -128,23 +128,20 @@ class ShuffledOrder(Order):
     def steps(self, used: Used, draws: Draws, start: int, stop: int) -> Iterator[Step]:
         images, labels, classes = (part.flatten(0, 1) for part in used[:3])
         (rate,) = used.rates.flatten().unbind()
+        if self.classes is None and self.images_per_class is None:
+            yield from ((images, labels, rate) for _ in range(start, stop))
+            return
         members = [(classes == k).nonzero().flatten().cpu() for k in classes.unique().tolist()]
         for i in range(start, stop):
-            chosen = self.minibatch(members, draws, i)
-            if chosen is None:
-                yield images, labels, rate
-            else:
-                chosen = chosen.to(images.device)
-                yield images[chosen], labels[chosen], rate
+            chosen = self.minibatch(members, draws, i).to(images.device)
+            yield images[chosen], labels[chosen], rate
 
-    def minibatch(self, members: list[Int[Tensor, " n"]], draws: Draws, step: int) -> Int[Tensor, " batch"] | None:
-        """Which images an inner step sees; None is all of them.
+    def minibatch(self, members: list[Int[Tensor, " n"]], draws: Draws, step: int) -> Int[Tensor, " batch"]:
+        """Which images an inner step sees.
 
         Args:
             members: the images of each class.
         """
-        if self.classes is None and self.images_per_class is None:
-            return None
         random = draws.order(step)
         of_classes = range(len(members))
         if self.classes is not None:

@@ -7,7 +7,7 @@ import torch
 from dd_lightning.networks import Weights, stack, unstack
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream, generator
-from dd_lightning.unroll.optimizers import State
+from dd_lightning.unroll.optimizers import State, unstack_state
 
 
 class Pool:
@@ -32,7 +32,7 @@ class Pool:
     def take(self, outer_step: int, theta_0: Weights, state_0: State) -> tuple[Weights, State]:
         """As many networks as θ₀ has, or as there are: from the pool, or new ones of θ₀."""
         fresh = unstack(theta_0)
-        states = unstack(state_0) if state_0 else [{} for _ in fresh]
+        states = unstack_state(state_0, len(fresh))
         order = torch.randperm(self.networks, generator=generator(self.seed, Stream.POOL, outer_step))
         self._taken = order[: len(fresh)].tolist()
         for place, theta, state in zip(self._taken, fresh, states, strict=False):
@@ -45,7 +45,7 @@ class Pool:
     def put(self, theta: Weights, state: State) -> None:
         """The networks that were taken, after their window."""
         after = unstack({name: value.detach() for name, value in theta.items()})
-        states = unstack(state) if state else [{} for _ in after]
+        states = unstack_state(state, len(after))
         for place, single, own in zip(self._taken, after, states, strict=True):
             age = self._slots[place][0]  # type: ignore[index]
             self._slots[place] = (age + self.length, single, own)
