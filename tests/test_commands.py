@@ -418,6 +418,8 @@ def test_windows_orders_and_labels_that_cannot_be(run, line, message):
 def test_what_the_papers_order_and_labels_cannot_take(run):
     check_refused(run, (*SHORT, "distilled.classes=[0,1]"), "labels: without an image of each of the 3 classes")
     check_refused(run, (*SHORT, "window=pool", "window.length=1"), "need data in any order: order=shuffled")
+    few = ("init=random", "init.per_step=3", "window=pool", "window.networks=2")
+    check_refused(run, (*SHORT, *ANY, *few), "window: networks=2 in the pool, but init.per_step=3 are taken from it")
 
 
 def check_refused(run, line, message):

@@ -96,7 +96,7 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
             raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
         unroll.check(network, init.sample(network, step=0), distilled.images[0])
     with named("window"):
-        check_window(window, distilled)
+        check_window(window, distilled, init.per_step)
     with named("labels"):
         raw_labels = build_raw_labels(labels, distilled, data.num_classes)
     soft = None if raw_labels is None else labels.labels(raw_labels)
@@ -124,8 +124,8 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     )
 
 
-def check_window(window: Window, distilled: DistilledData) -> None:
-    """Refuses a window that the inner steps do not hold, or that wants another order.
+def check_window(window: Window, distilled: DistilledData, per_step: int) -> None:
+    """Refuses a window that the inner steps do not hold, or a pool that wants another order or has too few networks.
 
     Raises:
         ValueError: saying why.
@@ -133,6 +133,8 @@ def check_window(window: Window, distilled: DistilledData) -> None:
     window.check(distilled.inner_steps)
     if window.start == POOL and not isinstance(distilled.order, ShuffledOrder):
         raise ValueError("networks of a pool are of different ages and need data in any order: order=shuffled")
+    if window.start == POOL and window.networks < per_step:
+        raise ValueError(f"networks={window.networks} in the pool, but init.per_step={per_step} are taken from it")
 
 
 def build_raw_labels(labels: Labels, distilled: DistilledData, num_classes: int) -> Tensor | None:

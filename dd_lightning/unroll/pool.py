@@ -30,12 +30,12 @@ class Pool:
         self._taken: list[int] = []
 
     def take(self, outer_step: int, theta_0: Weights, state_0: State) -> tuple[Weights, State]:
-        """As many networks as θ₀ has, or as there are: from the pool, or new ones of θ₀."""
+        """As many networks as θ₀ has: from the pool, or new ones of θ₀. The pool has at least as many."""
         fresh = unstack(theta_0)
         states = unstack_state(state_0, len(fresh))
         order = torch.randperm(self.networks, generator=generator(self.seed, Stream.POOL, outer_step))
         self._taken = order[: len(fresh)].tolist()
-        for place, theta, state in zip(self._taken, fresh, states, strict=False):
+        for place, theta, state in zip(self._taken, fresh, states, strict=True):
             slot = self._slots[place]
             if slot is None or slot[0] + self.length > self.total:
                 self._slots[place] = (0, theta, state)
