@@ -1,27 +1,24 @@
 """Distilled data: a few images, their labels and learning rates, in the order in which they are used."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from dd_lightning.data import Augment, Unchanged, augment_of
+from dd_lightning.data import Augment, DistilledDataset, Preprocessing, Unchanged, Whitening, augment_of, whitening_of
 from dd_lightning.networks import training_without_dropout
-from dd_lightning.system.atomic import write_bytes
+from dd_lightning.parametrisation import Images, Pixels, images_of
 from dd_lightning.system.checks import check_count, check_positive
+from dd_lightning.system.tensors import read_tensors, write_tensors
 from dd_lightning.unroll import Draws, FixedOrder, Order, Step, Used, inner_optimizer, order_of
 
 FORMAT = "dd_lightning.distilled/1"
-INITIAL = "initial_weights/"  # prefix of the tensors of θ₀ in the file
+INITIAL, WHITENING = "initial_weights/", "whitening/"  # prefixes of the tensors of θ₀ and of a whitening in the file
 
 
 def softplus_inverse(x: Tensor) -> Tensor:
@@ -45,6 +42,9 @@ class DistilledData:
         soft_labels: real numbers for each class, used instead of `labels` where they were learned.
         order: which images an inner step sees, and at which rate.
         augment: what an inner step does to its images.
+        parametrisation: the map from what was learned of the images to images.
+        raw_images: what was learned of them, and is stored; None where that are their pixels.
+        whitening: of the pictures that the images are like.
 
     Example:
         >>> data = DistilledData.create(torch.randn(2, 10, 1, 28, 28), torch.arange(10).expand(2, 10), epochs=3)
@@ -60,6 +60,9 @@ class DistilledData:
     soft_labels: Float[Tensor, "step batch classes"] | None = None
     order: Order = field(default_factory=FixedOrder)
     augment: Augment = field(default_factory=Unchanged)
+    parametrisation: Images = field(default_factory=Pixels)
+    raw_images: dict[str, Tensor] | None = None
+    whitening: Whitening | None = None
 
     @classmethod
     def create(
@@ -97,10 +100,25 @@ class DistilledData:
         return self.order.total(self.raw_learning_rates)
 
     @property
+    def learned_images(self) -> dict[str, Tensor]:
+        """What is learned of the images: their pixels, or what they are made of."""
+        return {"images": self.images} if self.raw_images is None else self.raw_images
+
+    @property
     def stored_numbers(self) -> int:
-        """Pixels, learned labels and rates: what the data cost to keep."""
+        """Pixels or what they are made of, learned labels and rates: what the data cost to keep."""
         soft = 0 if self.soft_labels is None else self.soft_labels.numel()
-        return self.images.numel() + soft + self.raw_learning_rates.numel()
+        return sum(t.numel() for t in self.learned_images.values()) + soft + self.raw_learning_rates.numel()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Makes of pictures (uint8, [n, c, h, w]) what networks that are trained on these data take."""
+        return Preprocessing(**self.card["preprocessing"], whitening=self.whitening)
+
+    @property
+    def _used(self) -> Used:
+        labels = self.labels if self.soft_labels is None else self.soft_labels
+        return Used(self.images, labels, self.labels, self.learning_rates)
 
     def steps(self, draws: Draws | None = None, start: int = 0, stop: int | None = None) -> Iterator[Step]:
         """(x̃ᵢ, ỹᵢ, η̃ᵢ) of inner steps `start` to `stop`; of all T by default.
@@ -109,9 +127,7 @@ class DistilledData:
             draws: the random numbers of order and augmentation; the same for the same, as often as it is asked.
         """
         draws, stop = draws or Draws(), self.inner_steps if stop is None else stop
-        labels = self.labels if self.soft_labels is None else self.soft_labels
-        used = Used(self.images, labels, self.labels, self.learning_rates)
-        for i, (images, of_step, rate) in enumerate(self.order.steps(used, draws, start, stop), start):
+        for i, (images, of_step, rate) in enumerate(self.order.steps(self._used, draws, start, stop), start):
             yield self.augment(images, draws.augment(i)), of_step, rate
 
     def of_epochs(self, epochs: int, raw_learning_rates: Float[Tensor, "epoch step"] | None = None) -> Self:
@@ -124,9 +140,45 @@ class DistilledData:
         raw = self.raw_learning_rates[:1].expand(rates, -1) if raw_learning_rates is None else raw_learning_rates
         return replace(self, order=order, raw_learning_rates=raw[:rates].to(self.images))
 
-    def dataset(self) -> "DistilledDataset":
+    @property
+    def places(self) -> Int[Tensor, "step batch"]:
+        """Of each image among those of its class, from 1."""
+        return F.one_hot(self.labels).cumsum(1).gather(2, self.labels[..., None]).squeeze(2)
+
+    def first(self, images_per_class: int) -> Self:
+        """The first so many images of each class, of every step."""
+        kept = (self.places[0] <= images_per_class).nonzero().flatten()
+        return replace(
+            self,
+            images=self.images[:, kept],
+            labels=self.labels[:, kept],
+            soft_labels=None if self.soft_labels is None else self.soft_labels[:, kept],
+            order=self.order.of_fewer(images_per_class),
+        )
+
+    def prefix(self, images_per_class: int) -> Self:
+        """Of a set that was grown, the images of a stage, with the learning rates that it ended with.
+
+        Raises:
+            ValueError: that was never a stage.
+        """
+        stages = self.card.get("stages", {})
+        if str(images_per_class) not in stages:
+            grown = f"those are {', '.join(stages)}" if stages else "these data were not grown"
+            raise ValueError(f"{images_per_class} images a class were never a stage; {grown}")
+        rates = self.raw_learning_rates.new_tensor(stages[str(images_per_class)])
+        cut = replace(self.first(images_per_class), raw_learning_rates=rates)
+        return cut.with_card(stored_numbers=cut.stored_numbers, stages={})
+
+    def with_card(self, **entries: Any) -> Self:
+        """The same with more on its card."""
+        return replace(self, card=self.card | entries)
+
+    def dataset(self) -> DistilledDataset:
         """The images and labels as an ordinary data set, for a loop of one's own."""
-        return DistilledDataset(self.detach())
+        own = self.detach()
+        rates, form = own.learning_rates, self.preprocessing if "preprocessing" in self.card else None
+        return DistilledDataset(own.images, own._used.labels, rates, self.inner_steps, self.card, form)
 
     def train(self, network: nn.Module) -> nn.Module:
         """Trains `network` in place on the mean cross entropy, with the inner optimizer of the card: plain GD, Eq. (9).
@@ -174,6 +226,7 @@ class DistilledData:
             labels=self.labels.clone(),
             raw_learning_rates=self.raw_learning_rates.detach().clone(),
             soft_labels=None if self.soft_labels is None else self.soft_labels.detach().clone(),
+            raw_images=self._raw_images(lambda tensor: tensor.detach().clone()),
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
@@ -183,22 +236,29 @@ class DistilledData:
             labels=self.labels.to(device),
             raw_learning_rates=self.raw_learning_rates.to(device, dtype),
             soft_labels=None if self.soft_labels is None else self.soft_labels.to(device, dtype),
+            raw_images=self._raw_images(lambda tensor: tensor.to(device, dtype)),
         )
 
+    def _raw_images(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor] | None:
+        return None if self.raw_images is None else {name: change(value) for name, value in self.raw_images.items()}
+
     def save(self, path: Path | str) -> None:
-        """Writes one safetensors file, atomically; the card is its metadata."""
+        """Writes one safetensors file, atomically; the card is its metadata.
+
+        What was learned is stored: where that are not the pixels of the images, `load` makes the images.
+        """
         tensors = {
-            "images": self.images,
+            **self.learned_images,
             "labels": self.labels,
             "raw_learning_rates": self.raw_learning_rates,
             **({} if self.soft_labels is None else {"soft_labels": self.soft_labels}),
             **{INITIAL + name: value for name, value in (self.initial_weights or {}).items()},
+            **({} if self.whitening is None else {WHITENING + n: t for n, t in self.whitening.tensors().items()}),
         }
         named = self.card.get("order")
         order = (named if isinstance(named, dict) else {}) | self.order.as_dict()
         card = {"format": FORMAT, **self.card, "order": order, "learning_rates": self.learning_rates.tolist()}
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_bytes(path, save(contiguous, metadata={"card": json.dumps(card)}))
+        write_tensors(path, tensors, card | {"images": self.parametrisation.as_dict()})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -213,67 +273,24 @@ class DistilledData:
             path = path / "distilled.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"there is no distilled data at {path}")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                card = json.loads((file.metadata() or {}).get("card", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
-        if not isinstance(card, dict) or card.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but holds no distilled data")
-        missing = [name for name in ("images", "labels", "raw_learning_rates") if name not in tensors]
+        card, tensors = read_tensors(path, FORMAT, "distilled data")
+        parametrisation = images_of(card)
+        missing = [n for n in (*parametrisation.names, "labels", "raw_learning_rates") if n not in tensors]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
-        initial = {n.removeprefix(INITIAL): t for n, t in tensors.items() if n.startswith(INITIAL)}
-        main = (tensors["images"], tensors["labels"], tensors["raw_learning_rates"])
-        soft = tensors.get("soft_labels")
-        data = cls(*main, card, initial or None, soft, order_of(card), augment_of(card))
-        _check_tensors(data, path)
-        return data
-
-
-def _check_tensors(data: DistilledData, path: Path) -> None:
-    """Refuses tensors of a file that do not fit together, or are not what they should be.
-
-    Raises:
-        ValueError: saying which.
-    """
-    images, labels, rates = data.images.shape, data.labels.shape, data.raw_learning_rates.shape
-    if len(images) != 5 or labels != images[:2] or len(rates) != 2 or rates[1] != images[0]:
-        raise ValueError(
-            f"{path}: images {list(images)}, labels {list(labels)} and learning rates {list(rates)} do not fit together"
+        raw = {name: tensors[name] for name in parametrisation.names}
+        initial, whitening = (
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            for prefix in (INITIAL, WHITENING)
         )
-    if data.labels.is_floating_point() or data.labels.numel() == 0 or data.labels.min() < 0:
-        raise ValueError(f"{path}: labels must be whole numbers from 0")
-    soft = data.soft_labels
-    if soft is not None and (soft.shape[:-1] != labels or soft.ndim != 3 or data.labels.max() >= soft.shape[-1]):
-        raise ValueError(f"{path}: soft_labels {list(soft.shape)} do not fit labels {list(labels)}")
-    numbers = {"images": data.images, "raw_learning_rates": data.raw_learning_rates, "soft_labels": soft}
-    for name, tensor in numbers.items():
-        if tensor is not None and not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"{path}: {name} holds values that are not finite numbers")
-    data.order.check(data.images, data.labels, len(data.raw_learning_rates))
-
-
-class DistilledDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Distilled images and their labels, one after the other.
-
-    Attributes:
-        images: [n, c, h, w], normalised as `card["preprocessing"]` says.
-        labels: classes [n], or real numbers [n, classes]; `F.cross_entropy` takes both.
-        learning_rates: of each epoch and step; of data in shuffled order a single one, for the card's inner optimizer.
-        inner_steps: how many the data were made for.
-        card: all else that is known of the data.
-    """
-
-    def __init__(self, distilled: DistilledData) -> None:
-        self.images = distilled.images.flatten(0, 1)
-        self.labels = (distilled.labels if distilled.soft_labels is None else distilled.soft_labels).flatten(0, 1)
-        self.learning_rates, self.inner_steps = distilled.learning_rates, distilled.inner_steps
-        self.card = distilled.card
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+        try:
+            images, stored = parametrisation.images(raw), None if "images" in raw else raw
+            white = whitening_of(whitening, images.shape[2:].numel()) if whitening else None
+            main = (images, tensors["labels"], tensors["raw_learning_rates"], card, initial or None)
+            how = (order_of(card), augment_of(card), parametrisation, stored, white)
+            data = cls(*main, tensors.get("soft_labels"), *how)
+            data._used.check()
+            data.order.check(images, data.labels, len(data.raw_learning_rates))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return data

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -29,7 +29,7 @@ class DatasetDistiller(pl.LightningModule):
     Its parameters are the distilled data alone; the network is a template.
 
     Args:
-        distilled: the initial distilled data (line 1).
+        distilled: the initial distilled data (line 1), with the map from what is learned of the images to images.
         network: the architecture to distil for.
         init: p(θ₀), the distribution of initial weights.
         unroll: the engine of the inner loop.
@@ -44,6 +44,9 @@ class DatasetDistiller(pl.LightningModule):
         raw_labels: what is learned of the labels, at the start; None where they are fixed.
         window: which inner steps are differentiated.
         seed: of the window's place, the order and the augmentation.
+
+    Attributes:
+        images_per_class: that are in use; None is all. The others have no gradient.
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class DatasetDistiller(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.images = nn.Parameter(distilled.images)
+        for name, value in distilled.learned_images.items():
+            self.register_parameter(name, nn.Parameter(value))
         self.raw_learning_rates = nn.Parameter(distilled.raw_learning_rates)
         self.register_buffer("labels", distilled.labels)
         self.raw_labels = None if raw_labels is None else nn.Parameter(raw_labels)
         self._initial, self._labels = distilled, labels or FixedLabels()
+        self.images_per_class: int | None = None
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
         self.outer_loss = OuterLoss(objective, precision)
@@ -84,7 +89,7 @@ class DatasetDistiller(pl.LightningModule):
         )
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
         self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and not drawn)
-        self._make_optimizer, self._make_schedule, self._rate_scale = optimizer, schedule, rate_scale
+        self._make_optimizer, self.make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self.config = config or {}
 
     @property
@@ -94,13 +99,32 @@ class DatasetDistiller(pl.LightningModule):
     @property
     def distilled(self) -> DistilledData:
         """The distilled data as they are now, sharing the parameters."""
-        return replace(
+        raw = self.learned_images
+        now = replace(
             self._initial,
-            images=self.images,
+            images=self._initial.parametrisation.images(raw),
             labels=self.labels,
             raw_learning_rates=self.raw_learning_rates,
             soft_labels=None if self.raw_labels is None else self._labels.labels(self.raw_labels),
+            raw_images=None if self._initial.raw_images is None else dict(raw),
         )
+        return now if self.images_per_class is None else now.first(self.images_per_class)
+
+    @property
+    def places(self) -> Int[Tensor, "step batch"]:
+        """Of each image among those of its class, from 1."""
+        return self._initial.places
+
+    @property
+    def learned_images(self) -> dict[str, nn.Parameter]:
+        """What is learned of the images."""
+        return {name: self.get_parameter(name) for name in self._initial.parametrisation.names}
+
+    @property
+    def of_each_image(self) -> list[nn.Parameter]:
+        """What is learned of single images, [step, batch, …]: not what they share, nor learning rates."""
+        labels = [] if self.raw_labels is None else [self.raw_labels]
+        return [self.learned_images[self._initial.parametrisation.names[0]], *labels]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3
@@ -148,7 +172,7 @@ class DatasetDistiller(pl.LightningModule):
     @property
     def _learned(self) -> list[nn.Parameter]:
         labels = [] if self.raw_labels is None else [self.raw_labels]
-        return [self.images, self.raw_learning_rates, *labels]
+        return [*self.learned_images.values(), self.raw_learning_rates, *labels]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
@@ -160,15 +184,18 @@ class DatasetDistiller(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # Weight decay would draw raw rates to 0, a rate of 0.69.
-        images, *others = self._learned
-        groups = [{"params": [images]}, *({"params": [other], "weight_decay": 0.0} for other in others)]
+        images, own = self.learned_images, self._initial.parametrisation.weight_decay
+        groups: list[dict[str, Any]] = [{"params": [value]} for value in images.values()]
+        for name, group in zip(images, groups, strict=True):
+            group |= {"weight_decay": own[name]} if name in own else {}
+        groups += [{"params": [other], "weight_decay": 0.0} for other in self._learned[len(images) :]]
         optimizer = self._make_optimizer(groups)
-        optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"] * self._rate_scale
-        if self._make_schedule is None:
+        optimizer.param_groups[len(images)]["lr"] = optimizer.param_groups[0]["lr"] * self._rate_scale
+        if self.make_schedule is None:
             return optimizer
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._make_schedule(optimizer), "interval": "step"},
+            "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
         }
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -11,35 +11,42 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.loggers import Logger
-from torch import Tensor, nn
+from torch import nn
 
 from dd_lightning.commands.errors import named
-from dd_lightning.data import RealData
+from dd_lightning.commands.learned import card_of, check_window, learned, settle_images
+from dd_lightning.data import RealData, Whitening
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import Init, OneNetwork
 from dd_lightning.networks import check_network
 from dd_lightning.objectives import Objective
-from dd_lightning.parametrisation import Labels
 from dd_lightning.sources import Sets
 from dd_lightning.training.loggers import make_logger
-from dd_lightning.unroll import POOL, InnerOptimizer, ShuffledOrder, Window
+from dd_lightning.unroll import InnerOptimizer
 
 log = logging.getLogger(__name__)
 
 # What distilled data are made for, and what an evaluation takes over from their card.
-CARD_GROUPS = ("dataset", "network", "init", "objective", "inner", "order", "augment")
+CARD_GROUPS = ("dataset", "whitening", "network", "init", "objective", "inner", "order", "augment")
 
 # A run may go on from a checkpoint only if these agree: they decide what is computed.
-COMPUTED_FROM = (*CARD_GROUPS, "distilled", "optimizer", "schedule", "labels", "window")
+COMPUTED_FROM = (*CARD_GROUPS, "distilled", "optimizer", "schedule", "images", "labels", "window", "grow")
 
 
-def build_data(cfg: DictConfig) -> RealData:
-    """The real data, loaded; their form is then known to the rest of the configuration (`${dataset.channels}` …)."""
-    data = RealData(instantiate(cfg.dataset), cfg.batch_size, cfg.seed)
+def build_data(cfg: DictConfig, whitening: Whitening | None = None) -> RealData:
+    """The real data, loaded; their form is then known to the rest of the configuration (`${dataset.channels}` …).
+
+    Args:
+        whitening: that distilled data bring, used where the configuration asks for one instead of fitting it again.
+    """
+    zca = instantiate(cfg.whitening) if cfg.get("whitening") else None
+    data = RealData(instantiate(cfg.dataset), cfg.batch_size, cfg.seed, zca if whitening is None else None)
     with named("dataset"):
         data.prepare_data()
         data.setup()
+    if zca is not None and whitening is not None:
+        data.preprocessing = replace(data.preprocessing, whitening=whitening)
     with open_dict(cfg.dataset):
         cfg.dataset.channels = data.preprocessing.channels
         cfg.dataset.image_size = data.preprocessing.image_size
@@ -66,7 +73,8 @@ def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = No
     made = instantiate(cfg.distilled, data=data)
     sets = made if isinstance(made, Sets) else Sets([made])
     order, augment = instantiate(cfg.order), instantiate(cfg.augment)
-    sets = replace(sets, members=[replace(one, order=order, augment=augment) for one in sets.members])
+    used = {"order": order, "augment": augment, "whitening": data.preprocessing.whitening}
+    sets = replace(sets, members=[replace(one, **used) for one in sets.members])
     for one in sets.members[:1]:
         order.check(one.images, one.labels, len(one.raw_learning_rates))
     return sets if objective is None or not isinstance(made, Sets) else sets.relabelled(objective)
@@ -89,20 +97,19 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     objective = build_objective(cfg, data)
     init = instantiate(cfg.init)
     network = build_network(cfg, data, init)
+    unroll, window, labels, images = (instantiate(cfg[group]) for group in ("unroll", "window", "labels", "images"))
+    growing = instantiate(cfg.grow) if cfg.grow else None
+    with named("grow" if growing else "budget"):
+        budget = settle_images(cfg, data, images, labels, growing)
     distilled = build_distilled(cfg, data)
-    unroll, window, labels = (instantiate(cfg[group]) for group in ("unroll", "window", "labels"))
     with named("unroll"):
         if not isinstance(unroll.optimizer, InnerOptimizer):
             raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
         unroll.check(network, init.sample(network, step=0), distilled.images[0])
     with named("window"):
         check_window(window, distilled, init.per_step)
-    with named("labels"):
-        raw_labels = build_raw_labels(labels, distilled, data.num_classes)
-    soft = None if raw_labels is None else labels.labels(raw_labels)
-    distilled = replace(distilled, soft_labels=soft)
-    card = make_card(cfg, data) | {"stored_numbers": distilled.stored_numbers}
-    log.info(f"distilling {distilled.stored_numbers:,} numbers: images, rates and learned labels")
+    distilled, raw_labels = learned(cfg, data, distilled, images, labels)
+    card = make_card(cfg, data) | card_of(distilled, budget)
     weights = init.weights(network) if isinstance(init, OneNetwork) else None
     return DatasetDistiller(
         replace(distilled, card=card, initial_weights=weights),
@@ -116,37 +123,12 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
         computed_from(cfg, data),
         cfg.precision,
         cfg.chunk,
-        cfg.capture,
+        cfg.capture and growing is None,  # a set that grows cannot be recorded
         labels,
         raw_labels,
         window,
         cfg.seed,
     )
-
-
-def check_window(window: Window, distilled: DistilledData, per_step: int) -> None:
-    """Refuses a window that the inner steps do not hold, or a pool that wants another order or has too few networks.
-
-    Raises:
-        ValueError: saying why.
-    """
-    window.check(distilled.inner_steps)
-    if window.start == POOL and not isinstance(distilled.order, ShuffledOrder):
-        raise ValueError("networks of a pool are of different ages and need data in any order: order=shuffled")
-    if window.start == POOL and window.networks < per_step:
-        raise ValueError(f"networks={window.networks} in the pool, but init.per_step={per_step} are taken from it")
-
-
-def build_raw_labels(labels: Labels, distilled: DistilledData, num_classes: int) -> Tensor | None:
-    """What is learned of the labels, at the start.
-
-    Raises:
-        ValueError: a class has no image, and labels are not learned.
-    """
-    raw = labels.raw(distilled.labels, num_classes, distilled.soft_labels)
-    if raw is None and len(distilled.labels.unique()) < num_classes:
-        raise ValueError(f"without an image of each of the {num_classes} classes, labels=learned is needed")
-    return raw
 
 
 def build_loggers(cfg: DictConfig, folder: Path, step: int) -> list[Logger]:
@@ -188,7 +170,7 @@ def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
         if cfg[group] is not None:
             flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
             flat[f"{group}._target_"] = cfg[group].get("_target_")
-    for place in ("dataset.data_dir", "init.populations_dir"):
+    for place in ("dataset.data_dir", "whitening.folder", "init.populations_dir"):
         flat.pop(place, None)
     return flat | {"dataset.content": data.content}
 

@@ -88,7 +88,8 @@ def check(cfg: DictConfig, folder: Path) -> None:
 def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, checkpoint: Path | None) -> pl.Trainer:
     """Lightning's trainer, whose callbacks and loggers go on from the checkpoint."""
     step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
+    # Growing comes first: what others see after an outer step is what it has left of it.
+    callbacks = [instantiate(callback) for callback in (cfg.grow, *(cfg.callbacks or {}).values()) if callback]
     trainer = instantiate(
         cfg.trainer,
         callbacks=[SameSettings(distiller.config), *callbacks],

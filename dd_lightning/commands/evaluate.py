@@ -25,6 +25,7 @@ from dd_lightning.commands.build import (
 )
 from dd_lightning.commands.launch import command
 from dd_lightning.commands.resolvers import task_overrides
+from dd_lightning.data import Whitening
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Evaluation, Learner, Outcome
 from dd_lightning.init import FixedInit
@@ -39,7 +40,7 @@ from dd_lightning.unroll import AdjointUnroll
 log = logging.getLogger(__name__)
 
 # Settings that a card has no say in: where files lie, and what is run.
-NOT_OF_CARD = ("data_dir", "populations_dir", "source", "weights")
+NOT_OF_CARD = ("data_dir", "folder", "populations_dir", "source", "weights")
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -54,12 +55,14 @@ def evaluate(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_count(networks=cfg.networks)
     check_choice("split", cfg.split, ["test", "validation"])
+    whitening = None
     if cfg.distilled.get("path"):
-        cfg = with_card(cfg, DistilledData.load(cfg.distilled.path).card)
+        brought = DistilledData.load(cfg.distilled.path)
+        cfg, whitening = with_card(cfg, brought.card), brought.whitening
     use = instantiate(cfg.use)
     pieces = folder / "pieces" / digest(cfg)
     with Workers(cfg.processes if device_of(cfg).type == "cpu" else 1, pieces) as workers:
-        evaluation, sets = build_evaluation(cfg, workers)
+        evaluation, sets = build_evaluation(cfg, workers, whitening)
         outcome = use(evaluation, sets)
     if outcome.sets:
         title = f"{cfg.split} accuracy: {outcome.result}"
@@ -74,10 +77,14 @@ def device_of(cfg: DictConfig) -> torch.device:
     return torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_evaluation(cfg: DictConfig, workers: Workers) -> tuple[Evaluation, Sets]:
-    """The networks and pictures of an evaluation, and what it evaluates."""
+def build_evaluation(cfg: DictConfig, workers: Workers, whitening: Whitening | None = None) -> tuple[Evaluation, Sets]:
+    """The networks and pictures of an evaluation, and what it evaluates.
+
+    Args:
+        whitening: that the distilled data bring.
+    """
     device = device_of(cfg)
-    data = build_data(cfg)
+    data = build_data(cfg, whitening)
     objective = build_objective(cfg, data)
     sets = build_sets(cfg, data, objective)
     brought = sets.members[0].initial_weights if sets.members and not _overridden("init") else None

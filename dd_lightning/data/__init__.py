@@ -3,11 +3,15 @@
 from dd_lightning.data.datamodule import Batch, OwnMinibatches, RealData
 from dd_lightning.data.datasets import Digits, ImageDataset, Packed, Pictures, Preprocessing, TorchvisionDataset
 from dd_lightning.data.differentiable import Augment, FlipRotate, Siamese, Unchanged, augment_of
+from dd_lightning.data.ordinary import DistilledDataset
+from dd_lightning.data.whitening import ZCA, Whitening, whitening_of
 
 __all__ = [
+    "ZCA",
     "Augment",
     "Batch",
     "Digits",
+    "DistilledDataset",
     "FlipRotate",
     "ImageDataset",
     "OwnMinibatches",
@@ -18,5 +22,7 @@ __all__ = [
     "Siamese",
     "TorchvisionDataset",
     "Unchanged",
+    "Whitening",
     "augment_of",
+    "whitening_of",
 ]

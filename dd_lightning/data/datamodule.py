@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dd_lightning.data.augmentation import random_crop, random_flip
 from dd_lightning.data.datasets import ImageDataset, Pictures
+from dd_lightning.data.whitening import ZCA
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream, generator
 
@@ -27,15 +29,16 @@ class RealData(pl.LightningDataModule):
         dataset: the pictures and their form.
         batch_size: real images per outer step.
         seed: of the order and the augmentation.
+        zca: whitens all pictures by those of the training part; None leaves them as they are.
 
     Attributes (after `setup`): `train`, `validation`, `test` (`Pictures`), `preprocessing`, `num_classes`,
     and `content`, a hash of the pictures and labels.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int = 1024, seed: int = 0) -> None:
+    def __init__(self, dataset: ImageDataset, batch_size: int = 1024, seed: int = 0, zca: ZCA | None = None) -> None:
         super().__init__()
         check_count(batch_size=batch_size)
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.dataset, self.batch_size, self.seed, self.zca = dataset, batch_size, seed, zca
         self._ready = False
         self._epoch_order: tuple[int, Tensor] | None = None
 
@@ -60,11 +63,17 @@ class RealData(pl.LightningDataModule):
             )
         if not self.dataset.validation:
             self.validation = self.train
+        if self.zca is not None:
+            normalised, settings = self.preprocessing.normalised, self.preprocessing.as_dict()
+            self.preprocessing = replace(
+                self.preprocessing, whitening=self.zca(self.train.images, normalised, settings)
+            )
         self._ready = True
 
     def to(self, device: torch.device | str) -> None:
         """Moves all parts to the device on which minibatches are wanted."""
         self.train, self.validation, self.test = (p.to(device) for p in (self.train, self.validation, self.test))
+        self.preprocessing = self.preprocessing.to(device)
 
     def reseeded(self, seed: int) -> "RealData":
         """The same pictures, shared, in another order."""

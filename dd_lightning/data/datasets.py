@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,37 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from dd_lightning.data.packed import Arrays, load_packed, save_packed
+from dd_lightning.data.whitening import Whitening
 from dd_lightning.system.checks import check_count, check_name, check_whole
 from dd_lightning.system.locking import locked
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How stored pixels become a network's input: (pixel / 255 − mean) / std, channel by channel."""
+    """How stored pixels become a network's input: (pixel / 255 − mean) / std, channel by channel; then whitened.
+
+    Attributes:
+        whitening: of the normalised pictures; None leaves them as they are.
+    """
 
     channels: int
     image_size: int
     mean: list[float]
     std: list[float]
+    whitening: Whitening | None = field(default=None, compare=False)
 
-    def __call__(self, images: UInt8[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+    def __call__(self, images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
+        images = self.normalised(images)
+        return images if self.whitening is None else self.whitening(images)
+
+    def normalised(self, images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
+        """Before they are whitened."""
         mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
         return images.float().div_(255).sub_(mean).div_(std)
 
     def inverse(self, images: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
-        """Intensities, 0 to 1 where the pixels are those of a picture."""
+        """Intensities, 0 to 1 where the pixels are those of a picture; of whitened ones about so."""
+        images = images if self.whitening is None else self.whitening.inverse(images)
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return images * std + mean
 
@@ -41,7 +53,11 @@ class Preprocessing:
         return self.channels, self.image_size, self.image_size
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For a card; a whitening is stored beside it."""
+        return {name: getattr(self, name) for name in ("channels", "image_size", "mean", "std")}
+
+    def to(self, device: torch.device | str) -> "Preprocessing":
+        return self if self.whitening is None else replace(self, whitening=self.whitening.to(device))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ class Labels(ABC):
     def project_(self, raw: Float[Tensor, "step batch classes"]) -> None:  # noqa: B027
         """Brings what is learned back to where it may be, in place, after an outer step."""
 
+    def numbers(self, num_classes: int) -> int:
+        """How many are stored for each image."""
+        return num_classes
+
 
 class FixedLabels(Labels):
     """The paper's: the class of each image (Section 3.1)."""
@@ -40,6 +44,9 @@ class FixedLabels(Labels):
         self, classes: Int[Tensor, "step batch"], num_classes: int, labels: Float[Tensor, "step batch classes"] | None
     ) -> None:
         return None
+
+    def numbers(self, num_classes: int) -> int:
+        return 0
 
 
 class LearnedLabels(Labels):

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 
-from dd_lightning.data import Preprocessing
 from dd_lightning.distilled import DistilledData
 from dd_lightning.report.picture import figure as picture
 from dd_lightning.report.runs import Measured, Run, measured
@@ -56,7 +55,7 @@ def distilled_images(key: str, entry: dict[str, Any], runs: list[Run]) -> Figure
     distilled = DistilledData.load(run.folder)
     after = Measured([run])
     reached = f"{run.test['accuracy_before']:.1f} → {number(after.mean, after.std)} %"
-    drawing = picture(distilled, Preprocessing(**distilled.card["preprocessing"]), reached)
+    drawing = picture(distilled, distilled.preprocessing, reached)
     steps, batch = distilled.labels.shape
     words = (
         f"{steps * batch} distilled images, a column for each class and a row for each of {steps} GD step(s), with the "

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dd_lightning.data import RealData
+from dd_lightning.data import Preprocessing, RealData
 from dd_lightning.distilled import DistilledData, softplus_inverse
 from dd_lightning.system.checks import check_count, check_positive
 from dd_lightning.system.seeding import Stream, generator
@@ -116,7 +116,7 @@ def learned(
     Raises:
         FileNotFoundError: there is nothing at `path`.
         ValueError: no path was given, a rate that is not positive, or the file is not distilled data of this data
-            set's classes and image shape.
+            set's classes, image shape and whitening.
     """
     if not path:
         raise ValueError("say which distilled data: distilled.path=RUN_OR_FILE")
@@ -132,8 +132,32 @@ def learned(
             f"{path} holds images of {'×'.join(map(str, found))}; "
             f"data set {data.dataset.name} has {'×'.join(map(str, wanted))}"
         )
+    _check_whitening(distilled, data.preprocessing, path)
     if learning_rate is not None:
         check_positive(learning_rate=learning_rate)
         rates = torch.full_like(distilled.raw_learning_rates, learning_rate)
         distilled = replace(distilled, raw_learning_rates=softplus_inverse(rates))
     return distilled if soft_labels else replace(distilled, soft_labels=None)
+
+
+def _check_whitening(distilled: DistilledData, used: Preprocessing, path: str) -> None:
+    """Refuses pictures that are whitened where the images are not, otherwise than they are, or not at all.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if distilled.whitening is None and used.whitening is None:
+        return
+    if used.whitening is None:
+        raise ValueError(f"{path} was distilled from whitened pictures, and is of no use on others; use whitening=zca")
+    if distilled.whitening is None:
+        raise ValueError(f"{path} was distilled from pictures that were not whitened; use whitening=none")
+    normalised = {name: distilled.card.get("preprocessing", {}).get(name) for name in ("mean", "std")}
+    if normalised != {"mean": used.mean, "std": used.std}:
+        raise ValueError(
+            f"{path} has a whitening for pictures normalised by mean {normalised['mean']} and std {normalised['std']}, "
+            f"not by {used.mean} and {used.std}"
+        )
+    own, given = (w.matrix.cpu() for w in (distilled.whitening, used.whitening))
+    if not torch.allclose(own, given, rtol=1e-2, atol=1e-3 * float(own.abs().max())):
+        raise ValueError(f"{path} was distilled from pictures with another whitening than this data set's")

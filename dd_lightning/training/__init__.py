@@ -2,6 +2,7 @@
 
 from dd_lightning.training.callbacks import DistilledPictures, HeldOutEvaluation, LastGood, ProgressBar
 from dd_lightning.training.clipping import AdaptiveClipping
+from dd_lightning.training.growing import Growing
 from dd_lightning.training.loggers import CSVLogger
 from dd_lightning.training.resuming import ResumeCheckpoint
 
@@ -9,6 +10,7 @@ __all__ = [
     "AdaptiveClipping",
     "CSVLogger",
     "DistilledPictures",
+    "Growing",
     "HeldOutEvaluation",
     "LastGood",
     "ProgressBar",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +14,8 @@ from dd_lightning.system.checks import check_positive
 
 class AdaptiveClipping(Callback):
     """Clips the gradient of the images to `factor` times the moving average of its norm, of the norms before clipping.
+
+    Where images are made of other things that are learned, it is the gradient of those.
 
     Args:
         factor: of the average, at most.
@@ -39,8 +42,7 @@ class AdaptiveClipping(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         assert isinstance(pl_module, DatasetDistiller)
-        gradient = pl_module.images.grad
-        assert gradient is not None
-        norm = float(gradient.norm())
+        learned = list(pl_module.learned_images.values())
+        norm = float(torch.cat([one.grad.flatten() for one in learned if one.grad is not None]).norm())
         self.average = norm if self.average is None else self.decay * self.average + (1 - self.decay) * norm
-        nn.utils.clip_grad_norm_(pl_module.images, self.factor * self.average)
+        nn.utils.clip_grad_norm_(learned, self.factor * self.average)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.evaluation import HeldOutResult
 from dd_lightning.report.picture import draw
+from dd_lightning.report.prefixes import draw_prefixes
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.processor import hardware
 from dd_lightning.training.callbacks import HeldOutEvaluation, log_picture, of_kind
+from dd_lightning.training.growing import Growing
 from dd_lightning.training.resuming import ResumeCheckpoint
 
 log = logging.getLogger(__name__)
@@ -30,12 +32,14 @@ class Finished:
         test: the accuracy on the test set.
         validation: accuracy in % by which they were chosen, if there was an evaluation.
         networks_chose: how many networks it is of.
+        prefixes: of a set that was grown, the test of the images of each stage.
     """
 
     distilled: DistilledData
     test: HeldOutResult
     validation: float | None
     networks_chose: int | None
+    prefixes: dict[int, HeldOutResult] = field(default_factory=dict)
 
     @property
     def tested(self) -> dict[str, Any]:
@@ -52,9 +56,15 @@ def finish(trainer: pl.Trainer, distiller: DatasetDistiller, data: RealData) -> 
     data.to(device)
     held_out = of_kind(trainer, HeldOutEvaluation) or HeldOutEvaluation()
     result = held_out.test(distiller, distiller.distilled.detach(), data)
-    distilled = distiller.distilled.detach().to("cpu")
-    finished = Finished(distilled, result, validation, networks_chose)
-    return replace(finished, distilled=replace(distilled, card=distilled.card | {"accuracy": finished.tested}))
+    distilled, growing = distiller.distilled.detach().to("cpu"), of_kind(trainer, Growing)
+    prefixes = {}
+    if growing is not None:
+        distilled = growing.grown(distilled)
+        for n in growing.stages[:-1]:
+            prefixes[n] = held_out.test(distiller, distilled.prefix(n).to(device), data)
+        prefixes[growing.stages[-1]] = result
+    finished = Finished(distilled, result, validation, networks_chose, prefixes)
+    return replace(finished, distilled=distilled.with_card(accuracy=finished.tested))
 
 
 def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folder: Path, about: dict[str, Any]) -> None:
@@ -66,9 +76,12 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     distilled, result = finished.distilled, finished.test
     distilled.save(folder / "distilled.safetensors")
     draw(distilled, data.preprocessing, f"{about['name']}: {result}", folder / "distilled.png")
+    if finished.prefixes:
+        draw_prefixes(finished.prefixes, about["name"], folder / "prefixes.png")
     resuming = of_kind(trainer, ResumeCheckpoint)
     content = about | {
         "test": finished.tested,
+        "prefixes": [{"images_per_class": n} | tested.as_dict() for n, tested in finished.prefixes.items()],
         "validation_accuracy_mean": finished.validation,
         "learning_rates": distilled.learning_rates.tolist(),
         "outer_steps": trainer.global_step,
@@ -97,6 +110,8 @@ def tell(finished: Finished, fixed: bool, folder: Path) -> None:
     log.info(f"test accuracy of {networks}, trained on {count} distilled images{chose}: {result}")
     for line in result.lines():
         log.info(f"  {line}")
+    for n, tested in finished.prefixes.items():
+        log.info(f"  the first {plural(n, 'image')} of each class: {tested}")
     log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
 
 

@@ -49,6 +49,27 @@ class Used(NamedTuple):
     classes: Int[Tensor, "step batch"]
     rates: Float[Tensor, "epoch step"]
 
+    def check(self) -> None:
+        """Refuses tensors that do not fit together, or are not what they should be.
+
+        Raises:
+            ValueError: saying which.
+        """
+        images, classes, rates = self.images.shape, self.classes.shape, self.rates.shape
+        if len(images) != 5 or classes != images[:2] or len(rates) != 2 or rates[1] != images[0]:
+            shapes = f"images {list(images)}, labels {list(classes)} and learning rates {list(rates)}"
+            raise ValueError(f"{shapes} do not fit together")
+        if self.classes.is_floating_point() or self.classes.numel() == 0 or self.classes.min() < 0:
+            raise ValueError("labels must be whole numbers from 0")
+        numbers, soft = {"images": self.images, "learning rates": self.rates}, self.labels
+        if soft is not self.classes:
+            if soft.ndim != 3 or soft.shape[:-1] != classes or self.classes.max() >= soft.shape[-1]:
+                raise ValueError(f"soft_labels {list(soft.shape)} do not fit labels {list(classes)}")
+            numbers["soft_labels"] = soft
+        for name, tensor in numbers.items():
+            if not (tensor.is_floating_point() and tensor.isfinite().all()):
+                raise ValueError(f"{name} holds values that are not finite numbers")
+
 
 Step = tuple[Float[Tensor, "batch c h w"], Tensor, Float[Tensor, ""]]  # images, labels, η̃
 
@@ -67,6 +88,10 @@ class Order(ABC):
     @abstractmethod
     def of_epochs(self, epochs: int) -> tuple["Order", int]:
         """The order of a training of so many epochs, and of how many epochs it has rates."""
+
+    def of_fewer(self, images_per_class: int) -> "Order":
+        """The order of a set with so many images of each class."""
+        return self
 
     @abstractmethod
     def check(self, images: Float[Tensor, "step batch c h w"], classes: Int[Tensor, "step batch"], epochs: int) -> None:
@@ -154,6 +179,9 @@ class ShuffledOrder(Order):
 
     def of_epochs(self, epochs: int) -> tuple[Order, int]:
         return replace(self, inner_steps=epochs), 1
+
+    def of_fewer(self, images_per_class: int) -> Order:
+        return self if (self.images_per_class or 0) < images_per_class else replace(self, images_per_class=None)
 
     def check(self, images: Float[Tensor, "step batch c h w"], classes: Int[Tensor, "step batch"], epochs: int) -> None:
         if len(images) != 1 or epochs != 1:
