@@ -147,14 +147,16 @@ class DistilledData:
 
     def first(self, images_per_class: int) -> Self:
         """The first so many images of each class, of every step."""
-        kept = (self.places[0] <= images_per_class).nonzero().flatten()
-        return replace(
-            self,
-            images=self.images[:, kept],
-            labels=self.labels[:, kept],
-            soft_labels=None if self.soft_labels is None else self.soft_labels[:, kept],
-            order=self.order.of_fewer(images_per_class),
-        )
+        kept = self.chosen((self.places[0] <= images_per_class).nonzero().flatten())
+        return replace(kept, order=self.order.of_fewer(images_per_class))
+
+    def chosen(self, which: Int[Tensor, " n"]) -> Self:
+        """Some images of every step, by their numbers, in this order."""
+        name = self.parametrisation.names[0]
+        raw = None if self.raw_images is None else self.raw_images | {name: self.raw_images[name][:, which]}
+        soft = None if self.soft_labels is None else self.soft_labels[:, which]
+        cut = {"images": self.images[:, which], "labels": self.labels[:, which]}
+        return replace(self, **cut, soft_labels=soft, raw_images=raw)
 
     def prefix(self, images_per_class: int) -> Self:
         """Of a set that was grown, the images of a stage, with the learning rates that it ended with.

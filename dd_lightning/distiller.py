@@ -36,7 +36,7 @@ class DatasetDistiller(pl.LightningModule):
         objective: the outer loss, of the logits of the trained networks and the real labels.
         optimizer: makes the outer optimizer from parameter groups; its weight decay is of the images alone.
         schedule: makes the schedule of the outer step size from the optimizer, advanced every outer step.
-        rate_scale: outer step size of η̃ as a multiple of that of the images.
+        rate_scale: outer step size of η̃ as a multiple of that of the images; 0 leaves them as they are.
         config: settings that a checkpoint must share before a run may go on from it.
         precision: of the pass over the real minibatch (line 7): float32 or bfloat16.
         chunk, capture: as in `OuterStep`.

@@ -79,7 +79,9 @@ def check(cfg: DictConfig, folder: Path) -> None:
     if cfg.threads is not None:
         check_count(threads=cfg.threads)
     check_resolved(cfg)
-    check_positive(**{"optimizer.lr": cfg.optimizer.lr, "rate_scale": cfg.rate_scale})
+    check_positive(**{"optimizer.lr": cfg.optimizer.lr})
+    if cfg.rate_scale != 0:
+        check_positive(rate_scale=cfg.rate_scale)
     check_strategy(cfg.trainer.strategy)
     for group in ("callbacks", "logger"):
         check_inside(folder, group, cfg[group] or {})

@@ -27,7 +27,7 @@ def settle_images(cfg: DictConfig, data: RealData, images: Images, labels: Label
     budget, distilled = Budget(cfg.budget.images_per_class, cfg.budget.numbers), cfg.distilled
     if not budget and growing is None:
         return budget
-    if "images_per_class" not in distilled:
+    if "images_per_class" not in distilled or "path" in distilled:
         raise ValueError("how many images there are is settled already; start from distilled=noise or distilled=real")
     if growing is not None and not isinstance(images, Pixels):
         raise ValueError("bases are shared by all images, and would move under earlier stages: images=pixels")

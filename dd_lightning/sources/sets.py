@@ -13,7 +13,7 @@ from torch import Tensor
 from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.objectives import Objective
-from dd_lightning.sources.starts import class_labels, real_images
+from dd_lightning.sources.starts import class_labels, learned, real_images
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream, derive_seed, generator
 
@@ -59,6 +59,23 @@ def random_real(
     labels = class_labels(data, steps, images_per_class)
     images = [real_images(data, labels, generator(seed, Stream.BASELINE, index)) for index in range(sets)]
     return Sets([DistilledData.create(x, labels, epochs, learning_rate) for x in images], keep)
+
+
+def random_subsets(data: RealData, path: str | None, images_per_class: int = 1, sets: int = 5, seed: int = 0) -> Sets:
+    """Random images of each class from distilled data that an earlier run saved.
+
+    Raises:
+        ValueError: a count below 1, fewer images of a class than asked for, or what `learned` refuses.
+    """
+    check_count(images_per_class=images_per_class, sets=sets)
+    whole = learned(data, path)
+    if images_per_class > int(whole.places.max()):
+        raise ValueError(f"images_per_class={images_per_class}, but no class has more than {int(whole.places.max())}")
+    members = []
+    for index in range(sets):
+        order = torch.randperm(whole.labels.shape[1], generator=generator(seed, Stream.BASELINE, index))
+        members.append(whole.chosen(order).first(images_per_class))
+    return Sets(members)
 
 
 def kmeans(

@@ -104,7 +104,11 @@ def real(
 
 
 def learned(
-    data: RealData, path: str | None, learning_rate: float | None = None, soft_labels: bool = True
+    data: RealData,
+    path: str | None,
+    learning_rate: float | None = None,
+    soft_labels: bool = True,
+    images_per_class: int | None = None,
 ) -> DistilledData:
     """Distilled data saved by an earlier run.
 
@@ -112,11 +116,12 @@ def learned(
         path: of the run's folder or of its `distilled.safetensors`.
         learning_rate: instead of those that were learned, such as for another inner optimizer.
         soft_labels: false uses the images with their classes, where labels were learned.
+        images_per_class: of a set that was grown, the prefix of a stage.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: no path was given, a rate that is not positive, or the file is not distilled data of this data
-            set's classes, image shape and whitening.
+        ValueError: no path was given, a rate that is not positive, a prefix that was never a stage, or the file is not
+            distilled data of this data set's classes, image shape and whitening.
     """
     if not path:
         raise ValueError("say which distilled data: distilled.path=RUN_OR_FILE")
@@ -133,6 +138,8 @@ def learned(
             f"data set {data.dataset.name} has {'×'.join(map(str, wanted))}"
         )
     _check_whitening(distilled, data.preprocessing, path)
+    if images_per_class is not None:
+        distilled = distilled.prefix(images_per_class)
     if learning_rate is not None:
         check_positive(learning_rate=learning_rate)
         rates = torch.full_like(distilled.raw_learning_rates, learning_rate)
