@@ -165,16 +165,31 @@ def test_results_say_how_many_networks_tested_and_chose(run, use, tmp_path):
     assert ("chosen on 50 training pictures and 2 network(s): 2 of 3 sets" in log) == ("keep" in use)
 
 
+def smaller(experiment):
+    """What makes an experiment for any order, or for a GPU, cheap."""
+    made = []
+    if experiment.startswith(("any_", "rat_", "grow_", "bases_")):
+        made += ["order.inner_steps=4"] + ([] if experiment == "bases_cifar10_1" else ["window.length=2"])
+    if "cifar" in experiment and made:
+        made += ["network.width=4", "dataset.image_size=16", "order.images_per_class=1", "distilled.images_per_class=2"]
+    if experiment.startswith("grow_"):
+        made += ["trainer.max_steps=4"]  # one a stage
+    return made
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(run, experiment, packed, tmp_path):
     for name, network, shape in POPULATIONS:
         init = RandomInit()
         weights = functools.partial(init.draw, network, Stream.PRETRAINING)
         write_population(tmp_path / "populations" / name, network, shape, 10, weights=weights)
-    for name, size, channels in (("mnist", 28, None), ("usps", 16, None), ("cifar10", 32, 3)):
+    pictures = (("mnist", 28, None), ("fashion_mnist", 28, None), ("usps", 16, None), ("cifar10", 32, 3))
+    for name, size, channels in pictures:
         packed(name, classes=10, size=size, channels=channels, train=180)
+    packed("cifar100", classes=100, size=32, channels=3, train=400)
     overrides = ["trainer.max_steps=1", "init.per_step=1", "batch_size=8", "callbacks.held_out.test_networks=2"]
     overrides += ["callbacks.held_out.networks=1", "data_dir=.", "dataset.validation=15", "optimizer.lr=0.001"]
+    overrides += smaller(experiment)
     code, error, folder = run("distill", f"experiment={experiment}", *overrides)
     assert (code, error) == (0, "")
     assert json.loads((folder / "result.json").read_text())["name"] == experiment
@@ -192,6 +207,7 @@ BAD = {
     "batch_size=0": "batch_size must",
     "trainer.max_steps=0": "trainer.max_steps must",
     "optimizer.lr=0": "optimizer.lr must",
+    "rate_scale=-1": "rate_scale must",
     "init=random_pretrained": "init.population=NAME_OR_PATH",
     "init=random_pretrained init.population=mnist": "dd-pretrain pretrain=mnist populations_dir=populations",
     "init=fixed_pretrained init.population=mnist_lenet init.per_step=2": "a fixed init has one network",

@@ -168,10 +168,6 @@ def test_a_growing_run_goes_on_bit_for_bit_and_its_prefixes_are_tested(run, monk
         (("trainer.max_steps=1",), "grow: 2 stages need as many outer steps, but trainer.max_steps=1"),
         (("images=bases",), "grow: bases are shared by all images"),
         (("budget.images_per_class=2",), "grow: the stages decide how many images there are"),
-        (
-            ("distilled=learned", "distilled.path=x", "~distilled.epochs"),
-            "how many images there are is settled already",
-        ),
     ],
 )
 def test_stages_that_cannot_be(run, line, message):
@@ -179,3 +175,10 @@ def test_stages_that_cannot_be(run, line, message):
     assert code == 1
     assert message in error
     assert error.count("\n") <= 1
+
+
+@pytest.mark.parametrize("source", ["average_real", "learned"])
+def test_images_that_are_settled_already_do_not_grow(run, source):
+    code, error, _ = run("distill", *RUN, *GROW[:2], f"distilled={source}")
+    assert code == 1
+    assert "grow: how many images there are is settled already; start from distilled=noise" in error

@@ -176,6 +176,7 @@ def test_bases_go_on_bit_for_bit_and_are_used_again(run, monkeypatch, unroll):
         assert torch.equal(value, other.raw_images[name])
     assert one.stored_numbers == one.card["stored_numbers"] <= 2 * 3 * 432 + 1
     assert one.card["budget"] == {"images_per_class": 2, "numbers": None}
+    assert (folder / "bases.png").stat().st_size > 1000
     log = (folder / "dd-distill.log").read_text()
     assert f"distilling {one.stored_numbers:,} numbers into {one.images.shape[1]} images" in log
     network = ("network._target_=conftest.SmallNet",)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -51,6 +52,28 @@ def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = 
         left.text(-0.15, 0.5, label, transform=left.transAxes, ha="right", va="center", fontsize=8)
     fig.suptitle(title, fontsize=11)
     return fig
+
+
+def bases_figure(bases: Float[Tensor, "k c h w"], preprocessing: Preprocessing, title: str = "") -> Figure:
+    """What images are combined of, in the size of the images."""
+    images = preprocessing.inverse(bases.detach().cpu().float()).permute(0, 2, 3, 1).numpy()
+    columns = min(len(images), COLUMNS // 2)
+    rows = -(-len(images) // columns)
+    fig = Figure(figsize=(0.4 + 0.9 * columns, 0.6 + 0.95 * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(fig)
+    axes: Any = fig.subplots(rows, columns, squeeze=False)
+    for index, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if index < len(images):
+            axis.imshow(_visible(images[index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    fig.suptitle(title, fontsize=11)
+    return fig
+
+
+def draw_bases(bases: Float[Tensor, "k c h w"], preprocessing: Preprocessing, title: str, path: Path) -> None:
+    """Writes `bases_figure` as a picture file."""
+    with atomic_path(path) as temporary:
+        bases_figure(bases, preprocessing, title).savefig(temporary)
 
 
 def draw(distilled: DistilledData, preprocessing: Preprocessing, title: str, path: Path) -> None:

@@ -12,7 +12,8 @@ from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.evaluation import HeldOutResult
-from dd_lightning.report.picture import draw
+from dd_lightning.parametrisation import Bases
+from dd_lightning.report.picture import draw, draw_bases
 from dd_lightning.report.prefixes import draw_prefixes
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.processor import hardware
@@ -76,6 +77,9 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     distilled, result = finished.distilled, finished.test
     distilled.save(folder / "distilled.safetensors")
     draw(distilled, data.preprocessing, f"{about['name']}: {result}", folder / "distilled.png")
+    if distilled.raw_images is not None and isinstance(distilled.parametrisation, Bases):
+        bases = distilled.parametrisation.enlarged(distilled.raw_images["bases"])
+        draw_bases(bases, data.preprocessing, f"{about['name']}: {len(bases)} bases", folder / "bases.png")
     if finished.prefixes:
         draw_prefixes(finished.prefixes, about["name"], folder / "prefixes.png")
     resuming = of_kind(trainer, ResumeCheckpoint)
