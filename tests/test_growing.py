@@ -125,7 +125,7 @@ def toy(packed):
 
 
 def test_a_growing_run_goes_on_bit_for_bit_and_its_prefixes_are_tested(run, monkeypatch):
-    lines = (*RUN, *ANY, *GROW, "augment=flip_rotate")
+    lines = (*RUN, *ANY, "grow=stages", "grow.stages=[1,3]", "window=random", "augment=flip_rotate")
     code, error, folder = run("distill", *lines, "name=straight")
     assert (code, error) == (0, "")
     for step in (5, 7):  # the second stage begins with outer step 5; checkpoints are after 3, 4, 6, 8, 9
@@ -137,7 +137,7 @@ def test_a_growing_run_goes_on_bit_for_bit_and_its_prefixes_are_tested(run, monk
     assert same(folder, other)
     results = [json.loads((place / "result.json").read_text()) for place in (folder, other)]
     assert results[0]["prefixes"] == results[1]["prefixes"]
-    assert [prefix["images_per_class"] for prefix in results[0]["prefixes"]] == [1, 2]
+    assert [prefix["images_per_class"] for prefix in results[0]["prefixes"]] == [1, 3]
     assert results[0]["prefixes"][1]["accuracies"] == results[0]["test"]["accuracies"]
     assert (folder / "prefixes.png").stat().st_size > 1000
     log = (folder / "dd-distill.log").read_text()
@@ -147,15 +147,15 @@ def test_a_growing_run_goes_on_bit_for_bit_and_its_prefixes_are_tested(run, monk
     assert (code, error) == (0, "")
     tested = json.loads((cut / "result.json").read_text())["test"]["accuracies"]
     assert tested == pytest.approx(results[0]["prefixes"][0]["accuracies"])
-    code, error, _ = run("evaluate", *where, "distilled.images_per_class=3")
+    code, error, _ = run("evaluate", *where, "distilled.images_per_class=2")
     assert (code, error.count("\n") <= 1) == (1, True)
-    assert "3 images a class were never a stage; those are 1, 2" in error
+    assert "2 images a class were never a stage; those are 1, 3" in error
     code, error, subsets = run("evaluate", *where, "distilled=random_subsets", "distilled.sets=2")
     assert (code, error) == (0, "")
     assert len(json.loads((subsets / "result.json").read_text())["test"]["accuracies"]) == 6
-    code, error, _ = run("evaluate", *where, "distilled=random_subsets", "distilled.images_per_class=3")
+    code, error, _ = run("evaluate", *where, "distilled=random_subsets", "distilled.images_per_class=4")
     assert code == 1
-    assert "images_per_class=3, but no class has more than 2" in error
+    assert "images_per_class=4, but no class has more than 3" in error
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from conftest import SmallNet, write_population
 
 from dd_lightning import DistilledData
 from dd_lightning.data import Packed, Preprocessing, RealData
@@ -145,3 +146,11 @@ def test_whitenings_that_cannot_be(run, packed, line):
     assert code == 1
     assert "whitening: ridge must be a number above 0" in error
     assert error.count("\n") <= 1
+
+
+def test_populations_were_not_whitened(run, packed, tmp_path):
+    packed()
+    write_population(tmp_path / "populations" / "toy", SmallNet(image_size=12), (1, 12, 12), 3)
+    code, error, _ = run("distill", *TOY, "init=random_pretrained", "init.population=toy")
+    assert code == 1
+    assert "networks of a population were trained on pictures that are not whitened: whitening=none" in error

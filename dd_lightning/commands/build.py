@@ -18,7 +18,7 @@ from dd_lightning.commands.learned import card_of, check_window, learned, settle
 from dd_lightning.data import RealData, Whitening
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.init import Init, OneNetwork
+from dd_lightning.init import FixedPretrainedInit, Init, OneNetwork, RandomPretrainedInit
 from dd_lightning.networks import check_network
 from dd_lightning.objectives import Objective
 from dd_lightning.sources import Sets
@@ -56,6 +56,8 @@ def build_data(cfg: DictConfig, whitening: Whitening | None = None) -> RealData:
 
 def build_network(cfg: DictConfig, data: RealData, init: Init) -> nn.Module:
     """The network template, checked against the data set and the init."""
+    if data.preprocessing.whitening is not None and isinstance(init, RandomPretrainedInit | FixedPretrainedInit):
+        raise ValueError("networks of a population were trained on pictures that are not whitened: whitening=none")
     network = instantiate(cfg.network)
     check_network(network, data.preprocessing.image_shape, data.num_classes)
     init.check(network, data.preprocessing.image_shape, data.num_classes)
@@ -73,6 +75,8 @@ def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = No
     made = instantiate(cfg.distilled, data=data)
     sets = made if isinstance(made, Sets) else Sets([made])
     order, augment = instantiate(cfg.order), instantiate(cfg.augment)
+    if cfg.distilled.get("path") and cfg.distilled.get("images_per_class"):  # of a larger set
+        order = order.of_fewer(cfg.distilled.images_per_class)
     used = {"order": order, "augment": augment, "whitening": data.preprocessing.whitening}
     sets = replace(sets, members=[replace(one, **used) for one in sets.members])
     for one in sets.members[:1]:
