@@ -8,13 +8,17 @@ import torch.nn.functional as F
 from conftest import BatchNormNet, SmallNet
 from torch import nn
 
+from dd_lightning.init import RandomInit
 from dd_lightning.networks import (
     MLP,
+    VGG11,
     AlexCifarNet,
     ConvNet,
     LeNet,
     LocalResponseNorm,
     MaxPool2d,
+    ResNet18,
+    ViTSmall,
     check_network,
     class_name,
     confusion,
@@ -23,6 +27,7 @@ from dd_lightning.networks import (
     stack,
     training_without_dropout,
 )
+from dd_lightning.system.seeding import Stream
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,12 @@ from dd_lightning.networks import (
         (ConvNet(1, 28, width=32, norm="none", pooling="max"), (1, 28, 28), 23946),
         (ConvNet(3, 64, width=8, depth=4, norm="group", activation="leaky_relu"), (3, 64, 64), 3330),
         (MLP(), (1, 28, 28), 118282),
+        (VGG11(), (3, 32, 32), 9231114),  # as published, for ten classes of 32 pixels
+        (VGG11(1, 28, width=8, norm="group"), (1, 28, 28), 145754),
+        (ResNet18(), (3, 32, 32), 11173962),  # as published
+        (ResNet18(1, 16, width=4, norm="layer"), (1, 16, 16), 44550),
+        (ViTSmall(), (3, 32, 32), 1806538),
+        (ViTSmall(1, 28, width=12, depth=2), (1, 28, 28), 3538),
     ],
 )
 def test_shapes_and_sizes(network, shape, parameters):
@@ -191,3 +202,28 @@ def test_a_network_of_ours_is_named_by_its_package():
 def test_convnets_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         ConvNet(**settings)
+
+
+@pytest.mark.parametrize(
+    ("network", "settings", "message"),
+    [
+        (VGG11, {"image_size": 16}, "VGG11 needs images of at least 28 pixels, not 16"),
+        (VGG11, {"width": 6}, "width must be a multiple of 4, not 6"),
+        (ResNet18, {"norm": "batch"}, "unknown norm 'batch'; choose one of instance, group, layer, none"),
+        (ResNet18, {"image_size": 8}, "ResNet18 needs images of at least 16 pixels, not 8"),
+        (ViTSmall, {"image_size": 30}, "patch=4 does not divide images of 30 pixels"),
+        (ViTSmall, {"heads": 5}, "heads=5 does not divide width=192"),
+    ],
+)
+def test_large_networks_that_cannot_be(network, settings, message):
+    with pytest.raises(ValueError, match=message):
+        network(**settings)
+
+
+def test_tokens_and_positions_are_drawn_for_each_network():
+    network = ViTSmall(1, 8, 3, width=12, depth=1)
+    one, again = (RandomInit().draw(network, Stream.INIT, 0, 0) for _ in range(2))
+    other = RandomInit().draw(network, Stream.INIT, 0, 1)
+    for name in ("tokens.token", "tokens.positions"):
+        assert torch.equal(one[name], again[name])
+        assert not torch.equal(one[name], other[name])

@@ -13,7 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, check_network, predict, stack, unstack
+from dd_lightning.networks import (
+    VGG11,
+    AlexCifarNet,
+    LeNet,
+    ResNet18,
+    ViTSmall,
+    check_network,
+    predict,
+    stack,
+    unstack,
+)
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import (
@@ -426,6 +436,25 @@ def test_a_vision_transformer_runs_in_every_engine(engine, attention):
     last = list(engine().trajectory(network, theta_0, data.steps()))[-1]
     with torch.no_grad():  # in which torch has a faster way through the encoder
         torch.testing.assert_close(predict(network, last, real[0]), logits.detach())
+
+
+LARGE = [
+    (VGG11, {"image_size": 32, "width": 4, "norm": "group"}),
+    (ResNet18, {"image_size": 16, "width": 4, "norm": "instance"}),
+    (ViTSmall, {"image_size": 8, "width": 6, "depth": 2}),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize(("kind", "settings"), LARGE)
+def test_large_networks_run_in_every_engine(engine, kind, settings):
+    settings = {"in_channels": 1, "num_classes": 3, **settings}
+    shape = (1, settings["image_size"], settings["image_size"])
+    network, theta_0, data, real = problem(kind(**settings), shape, 3, steps=1)
+    engine().check(network, theta_0, data.images[0])
+    found, expected = (gradients(e, network, theta_0, data, real) for e in (engine(), HigherUnroll()))
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -10,7 +10,10 @@ from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
 from dd_lightning.networks.lenet import LeNet
 from dd_lightning.networks.mlp import MLP
 from dd_lightning.networks.modes import evaluating, training_without_dropout
+from dd_lightning.networks.resnet18 import ResNet18
 from dd_lightning.networks.stem import LANES, Stem, Tracer, stem_of
+from dd_lightning.networks.vgg11 import VGG11
+from dd_lightning.networks.vit_small import ViTSmall
 from dd_lightning.networks.weights import (
     Weights,
     class_name,
@@ -27,14 +30,17 @@ from dd_lightning.networks.weights import (
 __all__ = [
     "LANES",
     "MLP",
+    "VGG11",
     "AlexCifarNet",
     "Confusion",
     "ConvNet",
     "LeNet",
     "LocalResponseNorm",
     "MaxPool2d",
+    "ResNet18",
     "Stem",
     "Tracer",
+    "ViTSmall",
     "Weights",
     "accuracy",
     "channels_last",
