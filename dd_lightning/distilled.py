@@ -14,6 +14,7 @@ from dd_lightning.data import Augment, DistilledDataset, Preprocessing, Unchange
 from dd_lightning.networks import training_without_dropout
 from dd_lightning.parametrisation import Images, Pixels, images_of
 from dd_lightning.system.checks import check_count, check_positive
+from dd_lightning.system.gallery import located, widened
 from dd_lightning.system.tensors import read_tensors, write_tensors
 from dd_lightning.unroll import Draws, FixedOrder, Order, Step, Used, inner_optimizer, order_of
 
@@ -264,18 +265,19 @@ class DistilledData:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Reads what `save` wrote; `path` may also be the run's folder.
+        """Reads what `save` wrote; `path` may also be the run's folder, or `gallery:NAME` of the data in this package.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, not safetensors, or not distilled data.
         """
-        path = Path(path)
+        path = located(path)
         if path.is_dir():
             path = path / "distilled.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"there is no distilled data at {path}")
         card, tensors = read_tensors(path, FORMAT, "distilled data")
+        tensors = {name: widened(tensor) for name, tensor in tensors.items()}
         parametrisation = images_of(card)
         missing = [n for n in (*parametrisation.names, "labels", "raw_learning_rates") if n not in tensors]
         if missing:

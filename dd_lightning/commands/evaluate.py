@@ -37,6 +37,8 @@ from dd_lightning.system.processor import hardware
 from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import AdjointUnroll
 
+FOREIGN = "dd_lightning.sources.tensors"  # data of others have no card
+
 log = logging.getLogger(__name__)
 
 # Settings that a card has no say in: where files lie, and what is run.
@@ -56,13 +58,14 @@ def evaluate(cfg: DictConfig) -> float:
     check_count(networks=cfg.networks)
     check_choice("split", cfg.split, ["test", "validation"])
     whitening = None
-    if cfg.distilled.get("path"):
+    if cfg.distilled.get("path") and cfg.distilled._target_ != FOREIGN:
         brought = DistilledData.load(cfg.distilled.path)
         cfg, whitening = with_card(cfg, brought.card), brought.whitening
     use = instantiate(cfg.use)
     pieces = folder / "pieces" / digest(cfg)
     with Workers(cfg.processes if device_of(cfg).type == "cpu" else 1, pieces) as workers:
         evaluation, sets = build_evaluation(cfg, workers, whitening)
+        workers.folder = pieces / sets.digest  # what lies at a path may have changed
         outcome = use(evaluation, sets)
     if outcome.sets:
         title = f"{cfg.split} accuracy: {outcome.result}"
@@ -103,6 +106,8 @@ def write_result(cfg: DictConfig, outcome: Outcome, seconds: float, folder: Path
         "name": cfg.name,
         "row": choices.get("row"),
         "column": choices.get("column"),
+        "set": cfg.distilled.get("path") or choices.get("distilled"),
+        "network": cfg.network._target_.rpartition(".")[2],
         "split": cfg.split,
         cfg.split: outcome.result.as_dict() | counts,
         "use": {"choice": choices.get("use"), **outcome.details},

@@ -3,10 +3,12 @@
 from dd_lightning.data.datamodule import Batch, OwnMinibatches, RealData
 from dd_lightning.data.datasets import Digits, ImageDataset, Packed, Pictures, Preprocessing, TorchvisionDataset
 from dd_lightning.data.differentiable import Augment, FlipRotate, Siamese, Unchanged, augment_of
+from dd_lightning.data.foreign import LABELS_FILE, read_sets
 from dd_lightning.data.ordinary import DistilledDataset
 from dd_lightning.data.whitening import ZCA, Whitening, whitening_of
 
 __all__ = [
+    "LABELS_FILE",
     "ZCA",
     "Augment",
     "Batch",
@@ -24,5 +26,6 @@ __all__ = [
     "Unchanged",
     "Whitening",
     "augment_of",
+    "read_sets",
     "whitening_of",
 ]

@@ -2,6 +2,7 @@
 
 from dd_lightning.evaluation.adaptation import FewShotAdaptation, NoAdaptation
 from dd_lightning.evaluation.evaluator import Evaluation, Learner, Outcome
+from dd_lightning.evaluation.fresh import Ordinary
 from dd_lightning.evaluation.grid import Grid
 from dd_lightning.evaluation.heldout import HeldOutResult, evaluate_held_out
 from dd_lightning.evaluation.knn import KNearestNeighbours
@@ -15,6 +16,7 @@ __all__ = [
     "KNearestNeighbours",
     "Learner",
     "NoAdaptation",
+    "Ordinary",
     "Outcome",
     "Training",
     "evaluate_held_out",

@@ -178,6 +178,12 @@ class Outcome:
         if sets := details.get("sets_chosen"):
             on = f"{sets['training_pictures']} training pictures and {sets['networks']} network(s)"
             found.append(f"chosen on {on}: {details['sets']} of {sets['of']} sets")
+        for one in details.get("controls", {}).values():
+            spread = f" ± {one['accuracy_std']:.2f}" if one["networks"] > 1 else ""
+            numbers = f"{one['stored_numbers']:,} numbers, rate {one['learning_rate']:g}, {one['networks']} network(s)"
+            found.append(f"beside it, {one['words']}: {one['accuracy_mean']:.2f}{spread} % ({numbers})")
+        if details.get("scores"):
+            found.append("scores: " + ", ".join(f"{name} {value:.3f}" for name, value in details["scores"].items()))
         return found
 
 

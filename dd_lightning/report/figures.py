@@ -150,7 +150,7 @@ def _compared(first: float, last: float, yes: str, no: str) -> str:
 
 def draw_curves(series: Series, label: str) -> Drawing:
     """Lines of means, with the standard deviations as bars."""
-    drawing, axis = _axes(1)
+    drawing, axis = axes_of(1)
     for index, (name, line) in enumerate(series.items()):
         means, stds = [m.mean for m in line.values()], [m.std or 0.0 for m in line.values()]
         style = ("o-", "s--", "^-", "D--")[index % 4]
@@ -206,7 +206,7 @@ def _attack_words(entry: dict[str, Any], found: dict[tuple[str, str], Measured])
 
 def draw_attack(entry: dict[str, Any], found: dict[tuple[str, str], Measured]) -> Drawing:
     """Bars of both measures, side by side for each data set."""
-    drawing, axes = _axes(2)
+    drawing, axes = axes_of(2)
     width = 0.8 / len(entry["columns"])
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         for index, (column, title) in enumerate(entry["columns"].items()):
@@ -223,7 +223,8 @@ def _height(one: Measured | None, measure: str) -> float:
     return 0.0 if one is None else one.measure(measure) or 0.0
 
 
-def _axes(count: int) -> tuple[Drawing, list[Any]]:
+def axes_of(count: int) -> tuple[Drawing, list[Any]]:
+    """An empty drawing with so many axes side by side."""
     drawing = Drawing(figsize=(6 if count == 1 else 9, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
     axes: Any = drawing.subplots(1, count, squeeze=False)

@@ -8,15 +8,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from dd_lightning.report.field import FieldTable, Matrix
 from dd_lightning.report.figures import Figure
+from dd_lightning.report.gallery import gallery
 from dd_lightning.report.runs import Measured, Run
 from dd_lightning.report.tables import NOTE, Table
 
 
-def page(tables: list[Table], figures: list[Figure], count: int) -> str:
+def page(tables: list[Table], figures: list[Figure], field: list[FieldTable], matrix: Matrix, count: int) -> str:
     """HTML with every picture inside it.
 
     Args:
+        field: published numbers of other methods, and ours beside them.
         count: of runs that were read.
     """
     environment = Environment(
@@ -30,6 +33,9 @@ def page(tables: list[Table], figures: list[Figure], count: int) -> str:
     return environment.get_template("page.html").render(
         tables=tables,
         figures=figures,
+        field=field,
+        matrix=matrix,
+        gallery=[(one, embedded(one.png)) for one in gallery()],
         drawings={figure.key: drawn(figure) for figure in figures if figure.drawing is not None},
         pictures=pictures(tables, figures),
         filled=sum(cell.ours is not None for cell in cells),

@@ -1,5 +1,6 @@
 """Baseline images as distilled data: real images, cluster centroids, class means (Section S-1)."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,15 @@ class Sets:
 
     members: list[DistilledData]
     keep: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Names the content of all sets."""
+        found = hashlib.sha256()
+        for one in self.members:
+            for tensor in (one.images, one.labels, one.soft_labels, one.raw_learning_rates):
+                found.update(b"" if tensor is None else tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def relabelled(self, objective: Objective) -> "Sets":
         """The same images with the labels of the objective: those that poisoning modifies (Section 4.2)."""

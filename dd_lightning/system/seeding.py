@@ -29,6 +29,7 @@ class Stream(IntEnum):
     AUGMENT_DISTILLED = 11
     AUGMENT_REAL = 12
     POOL = 13
+    ORDINARY = 14
 
 
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:

@@ -1,0 +1,32 @@
+"""dd-export: distilled data as PNG files, `.npz` and `.pt`, for other people's code."""
+
+import logging
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dd_lightning.commands.launch import command
+from dd_lightning.distilled import DistilledData
+from dd_lightning.report.export import export
+
+log = logging.getLogger(__name__)
+
+
+def export_data(cfg: DictConfig) -> None:
+    """Writes distilled data into a folder.
+
+    Raises:
+        ValueError: a path was not said, or what `export` refuses.
+    """
+    if not cfg.path:
+        raise ValueError("say which distilled data: path=RUN_OR_FILE")
+    distilled = DistilledData.load(cfg.path)
+    export(distilled, Path(cfg.folder))
+    log.info(f"{os.path.relpath(cfg.folder)}: distilled.npz, distilled.pt, images/; README.txt says how to use them")
+
+
+main = command("export", export_data)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""dd-gallery: the distilled data that come with the package; and, for those who make it, adding to them."""
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dd_lightning.commands.launch import command
+from dd_lightning.distilled import DistilledData
+from dd_lightning.system.atomic import write_bytes
+from dd_lightning.system.checks import check_name
+from dd_lightning.system.gallery import GALLERY, PREFIX, entries, narrowed
+
+log = logging.getLogger(__name__)
+
+ELSEWHERE = ("runs_dir", "data_dir", "populations_dir", "logger", "hydra", "resume", "threads", "callbacks.progress")
+LOST = 0.05  # points of accuracy that 16 bits may cost
+LIMIT = 4 * 2**20  # bytes of the whole gallery
+
+
+def gallery(cfg: DictConfig) -> None:
+    """Lists the gallery; with `add` puts the data of a run into it.
+
+    Raises:
+        FileNotFoundError, ValueError: the run has no data, or is not known well enough to be made again.
+    """
+    if cfg.add is not None:
+        check_name(entry=cfg.entry)
+        add(Path(cfg.add), cfg.entry, cfg.commit)
+    for name in entries():
+        data = DistilledData.load(PREFIX + name)
+        test, choice = (
+            data.card.get("accuracy", {}),
+            {g: data.card[g]["choice"] for g in ("dataset", "network", "init")},
+        )
+        spread = f" ± {test['accuracy_std']:.2f}" if test["networks"] > 1 else ""
+        log.info(
+            f"{PREFIX}{name}: {data.labels.numel()} images, {', '.join(choice.values())} init: "
+            f"{test['accuracy_mean']:.2f}{spread} %"
+        )
+
+
+def add(run: Path, name: str, commit: str | None) -> None:
+    """Puts the data of a run into the gallery, in 16 bits if they are as good so, with the accuracy they then have."""
+    known = made_by(run) | {"commit": commit or head()}
+    source = run / "distilled.safetensors"
+    card = DistilledData.load(source).card
+    if "accuracy" not in card:
+        raise ValueError(f"{run} was not tested")
+    tensors = load_file(source)
+    for bits, stored in (("16", narrowed(tensors)), ("32", tensors)):
+        content = written(source, stored, {"gallery": known | {"bits": bits}})
+        test = tested(content, card["accuracy"]["networks"])
+        lost = card["accuracy"]["accuracy_mean"] - test["accuracy_mean"]
+        log.info(f"{name} in {bits} bits, {len(content):,} bytes: {test['accuracy_mean']:.2f} % ({-lost:+.2f})")
+        if lost <= LOST:
+            break
+    else:
+        raise ValueError(f"{run} is tested otherwise than when it was made; see the numbers above")
+    others = sum(path.stat().st_size for path in GALLERY.glob("*.safetensors") if path.stem != name)
+    if others + len(content) > LIMIT:
+        raise ValueError(f"the gallery would be larger than {LIMIT:,} bytes")
+    write_bytes(GALLERY / f"{name}.safetensors", written(source, stored, {"gallery": known, "accuracy": test}))
+
+
+def written(source: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> bytes:
+    """A file with the card of `source` and more on it."""
+    with safetensors.safe_open(source, framework="pt") as file:
+        card = json.loads(file.metadata()["card"])
+    return save({name: value.contiguous() for name, value in tensors.items()}, {"card": json.dumps(card | entries)})
+
+
+def made_by(run: Path) -> dict[str, Any]:
+    """The command and the seed of a run."""
+    folder = run / ".hydra"
+    if not (folder / "overrides.yaml").is_file():
+        raise FileNotFoundError(f"{folder} does not say how the run was made")
+    overrides = [str(o) for o in OmegaConf.load(folder / "overrides.yaml")]
+    kept = [o for o in overrides if not o.lstrip("+").startswith(ELSEWHERE)]
+    seed = OmegaConf.load(folder / "config.yaml")["seed"]
+    return {"command": " ".join(["dd-distill", *kept]), "seed": seed, "torch": version("torch")}
+
+
+def head() -> str:
+    """The commit of the source that runs.
+
+    Raises:
+        ValueError: it lies in no git repository.
+    """
+    line = ["git", "-C", str(GALLERY.parent), "rev-parse", "HEAD"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError("say which commit made the run: commit=HASH")
+    return done.stdout.strip()
+
+
+def tested(content: bytes, networks: int) -> dict[str, Any]:
+    """What `dd-evaluate` finds for a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "distilled.safetensors"
+        path.write_bytes(content)
+        line = [sys.executable, "-m", "dd_lightning.commands.evaluate", f"distilled.path={path}"]
+        subprocess.run([*line, f"networks={networks}", f"hydra.run.dir={folder}/test"], check=True)
+        return json.loads((Path(folder) / "test" / "result.json").read_text())["test"]
+
+
+main = command("gallery", gallery)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Ordinary training: fresh networks on shuffled minibatches, as people train on distilled data (Zhao et al., 2021)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from dd_lightning.data import Augment, Pictures, Preprocessing
+from dd_lightning.distilled import DistilledData
+from dd_lightning.evaluation.evaluator import Learner, numpy
+from dd_lightning.networks import channels_last, frozen, memory_format, run_with, stack, training_without_dropout
+from dd_lightning.system.checks import check_choice, check_count, check_positive
+from dd_lightning.system.seeding import Stream, generator
+from dd_lightning.system.workers import Result
+
+OPTIMIZERS = ("sgd", "adam")
+DECAY = 0.1  # of the learning rate, after half of the epochs
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What networks are trained on.
+
+    Attributes:
+        images: normalised; or pixels, which `preprocessing` normalises.
+        labels: classes, or a real number for each class.
+        augment: what each minibatch is changed by.
+    """
+
+    images: Float[Tensor, "n c h w"] | UInt8[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"] | Float[Tensor, "n classes"]
+    augment: Augment
+    preprocessing: Preprocessing | None = None
+
+    @classmethod
+    def of(cls, distilled: DistilledData) -> Self:
+        """The images of distilled data, without their order."""
+        labels = distilled.labels if distilled.soft_labels is None else distilled.soft_labels
+        return cls(distilled.images.flatten(0, 1), labels.flatten(0, 1), distilled.augment)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def minibatch(self, chosen: Int[Tensor, " batch"], random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images and labels of some."""
+        chosen = chosen.to(self.labels.device)
+        images = self.images[chosen] if self.preprocessing is None else self.preprocessing(self.images[chosen])
+        return self.augment(images, random), self.labels[chosen]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is trained.
+
+    Attributes:
+        optimizer: sgd or adam.
+        epochs: passes over the examples; after half of them the learning rate is a tenth.
+        batch_size: of the minibatches; the last of an epoch may be smaller.
+        momentum: of sgd.
+        weight_decay: added to the gradient.
+        seed: of the minibatches and the augmentation.
+
+    Raises:
+        ValueError: naming the setting that cannot be.
+    """
+
+    optimizer: str = "sgd"
+    epochs: int = 300
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_count(epochs=self.epochs, batch_size=self.batch_size)
+        for name in ("momentum", "weight_decay"):
+            if getattr(self, name) != 0:
+                check_positive(**{name: getattr(self, name)})
+        if self.momentum >= 1:
+            raise ValueError(f"momentum must be below 1, not {self.momentum}")
+
+    def torch_optimizer(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(parameters, learning_rate, self.momentum, weight_decay=self.weight_decay)
+
+
+def trained(
+    network: nn.Module,
+    weights: dict[str, Tensor],
+    examples: Examples,
+    learning_rate: float,
+    protocol: Protocol,
+    counters: tuple[int, ...] = (),
+) -> dict[str, Tensor]:
+    """The weights of one network after training, with dropout off.
+
+    Args:
+        network: the template.
+        weights: before training.
+        counters: which network it is; minibatches and augmentation depend on the seed and these alone.
+    """
+    fixed, seed, stream = frozen(network), protocol.seed, Stream.ORDINARY
+    first, _ = examples.minibatch(torch.arange(min(2, len(examples))), generator(seed, stream, *counters))
+    format = memory_format(network, first)
+    if format == torch.channels_last:
+        weights = {name: channels_last(value) for name, value in weights.items()}
+    weights = {name: value.detach().clone().requires_grad_(name not in fixed) for name, value in weights.items()}
+    optimizer = protocol.torch_optimizer([w for w in weights.values() if w.requires_grad], learning_rate)
+    with training_without_dropout(network), torch.enable_grad():
+        for epoch in range(protocol.epochs):
+            if epoch == (protocol.epochs + 1) // 2:
+                for group in optimizer.param_groups:
+                    group["lr"] = DECAY * learning_rate
+            order = torch.randperm(len(examples), generator=generator(seed, stream, *counters, epoch))
+            for i, chosen in enumerate(order.split(protocol.batch_size)):
+                images, labels = examples.minibatch(chosen, generator(seed, stream, *counters, epoch, i))
+                loss = F.cross_entropy(run_with(network, weights, images.to(memory_format=format)), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return {name: value.detach() for name, value in weights.items()}
+
+
+def judge_trained(
+    learner: Learner,
+    examples: Examples,
+    learning_rate: float,
+    protocol: Protocol,
+    index: int,
+    networks: int,
+    stream: Stream,
+    parts_of_pictures: list[Pictures],
+) -> Result:
+    """One unseen network, the `index`-th of so many, judged before and after its training.
+
+    Returns:
+        Each measure in %, [pictures, network, point], of the one network.
+    """
+    (theta,) = learner.held_out(networks, stream, slice(index, index + 1))
+    device = parts_of_pictures[0].labels.device
+    before = [learner.judged(stack([theta]), pictures) for pictures in parts_of_pictures]
+    theta = trained(learner.network, theta, examples.to(device), learning_rate, protocol, (int(stream), index))
+    after = [learner.judged(stack([theta]), pictures) for pictures in parts_of_pictures]
+    points = [{name: torch.stack([b[name], a[name]], 1) for name in b} for b, a in zip(before, after, strict=True)]
+    return numpy(stack(points))
