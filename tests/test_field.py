@@ -1,0 +1,118 @@
+"""Sets against architectures, and ours beside the methods that followed the paper, on made-up runs."""
+
+import csv
+import json
+
+import pytest
+import yaml
+from test_report import write_run
+
+from dd_lightning.commands.report import PAPER
+from dd_lightning.report.field import budget, comma_separated, field_tables, heat_map, matrix_of, short
+from dd_lightning.report.gallery import gallery
+from dd_lightning.report.runs import find_runs
+
+FIELD = yaml.safe_load(PAPER.read_text())["field"]
+NETWORK = {"_target_": "dd_lightning.networks.ConvNet", "width": 32, "norm": "instance"}
+PROTOCOL = {"optimizer": "sgd", "epochs": 300}
+
+
+def write_ordinary(folder, of, network, accuracies, random=50.0, name="evaluate", images=100):
+    config = {"dataset": {"name": "mnist", "num_classes": 10}, "network": NETWORK}
+    write_run(folder, accuracies, name, **config)
+    result = json.loads((folder / "result.json").read_text())
+    control = {"accuracy_mean": random, "accuracy_std": 1.0, "images": images, "stored_numbers": 784 * images}
+    use = {"choice": "ordinary", "protocol": PROTOCOL, "labels": "soft", "images": images, "chosen": {}}
+    use |= {"stored_numbers": 784 * images + 1000, "learning_rate": 0.01, "controls": {"random": control}}
+    result |= {"set": of, "network": network, "use": use, "card": {"augment": {"choice": "dsa"}}}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_sets_stand_against_architectures(tmp_path):
+    places = {("gallery:any", "LeNet"): 90.0, ("gallery:any", "MLP"): 80.0, ("runs/fig3a/2026-01-01_x", "LeNet"): 60.0}
+    for i, ((of, network), value) in enumerate(places.items()):
+        write_ordinary(tmp_path / str(i), of, network, [value - 1, value + 1], name="architectures")
+    matrix = matrix_of(find_runs([tmp_path]))
+    assert (matrix.rows, matrix.columns) == (["fig3a", "gallery:any"], ["LeNet", "MLP"])
+    assert matrix.text("gallery:any", "MLP") == "80.0 ± 1.4"
+    assert matrix.text("fig3a", "MLP") == ""
+    rows = list(csv.DictReader(comma_separated(matrix).splitlines()))
+    assert [(row["set"], row["network"], float(row["mean"])) for row in rows] == [
+        ("fig3a", "LeNet", 60.0),
+        ("gallery:any", "LeNet", 90.0),
+        ("gallery:any", "MLP", 80.0),
+    ]
+    figure = heat_map(matrix)
+    assert figure.drawing is not None
+    assert "gallery:any: LeNet 90.0 ± 1.4, MLP 80.0 ± 1.4" in figure.words
+    assert heat_map(matrix_of([])).commands == ["dd-evaluate -m sweep=architectures 'distilled.path=RUN,gallery:NAME'"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/any_mnist/2026-11-27_20-23-25_d6711d2f", "any_mnist"),
+        ("runs/any_mnist/2026-11-27_20-23-25_d6711d2f/distilled.safetensors", "any_mnist"),
+        ("gallery:any", "gallery:any"),
+        ("random_real", "random_real"),
+        ("mine/run", "run"),
+    ],
+)
+def test_sets_are_called_by_their_run(path, name):
+    assert short(path) == name
+
+
+def test_ours_stand_beside_published_numbers(tmp_path):
+    write_ordinary(tmp_path / "a", "gallery:any", "ConvNet", [96.0, 98.0], random=90.0)
+    write_ordinary(tmp_path / "b", "gallery:any", "LeNet", [96.0, 98.0])  # another network
+    write_ordinary(tmp_path / "c", "gallery:any", "ConvNet", [88.0, 90.0], random=60.0, images=10)
+    tables = {table.key: table for table in field_tables(FIELD, find_runs([tmp_path]))}
+    assert list(tables) == ["mnist", "fashion_mnist", "svhn", "cifar10", "cifar100"]
+    table = tables["mnist"]
+    assert table.columns == [1, 10, 50]
+    lines = {line.title: line for line in table.lines}
+    assert lines["gallery:any"].texts == {1: "89.0 ± 1.4", 10: "97.0 ± 1.4"}
+    assert lines["Random real images"].texts == {1: "60.0 ± 1.0", 10: "90.0 ± 1.0"}
+    protocol = "sgd, 300 epochs, augmentation dsa, rate chosen on validation pictures; width 32, instance norm"
+    assert lines["gallery:any"].protocol == f"soft labels; {protocol}"
+    assert lines["DC"].texts == {1: "91.7", 10: "97.4", 50: "98.8"}
+    assert [line.ours for line in table.lines[:3]] == [True, True, False]
+
+
+def test_published_numbers_have_a_source_and_a_protocol():
+    for method in FIELD["methods"].values():
+        assert method["source"]
+        assert method["protocol"]
+        assert set(method["cells"]) <= set(FIELD["sets"])
+    printed = {
+        key: list(method["cells"]["cifar10"].values())
+        for key, method in FIELD["methods"].items()
+        if "cifar10" in method["cells"]
+    }
+    assert printed == {
+        "dc": [28.3, 44.9, 53.9],
+        "dsa": [28.8, 52.1, 60.6],
+        "idc": [50.0, 67.5, 74.5],
+        "kip": [50.0, 62.7, 68.4],
+        "mtt": [46.2, 65.4, 71.6],
+        "datm": [46.9, 66.8, 76.1],
+        "frepo": [46.8, 65.5, 71.7],
+        "frepo_convnet": [45.6, 63.5, 70.7],
+        "rat_bptt": [53.2, 69.4, 75.3],
+        "ncfm": [49.5, 71.8, 77.4],
+    }
+
+
+def test_accuracy_stands_over_stored_numbers(tmp_path):
+    for images in (10, 100):
+        write_ordinary(tmp_path / str(images), "gallery:any", "ConvNet", [80.0 + images / 10], images=images)
+    figure = budget(find_runs([tmp_path]))
+    assert "MNIST, ConvNet: 81.0 at 8,840, 90.0 at 79,400" in figure.words
+    assert "MNIST, ConvNet, random real: 50.0 at 7,840, 50.0 at 78,400" in figure.words
+    assert budget([]).drawing is None
+
+
+def test_the_gallery_has_a_picture_of_each_set():
+    for one in gallery():
+        assert one.png.startswith(b"\x89PNG")
+        assert one.made["command"].startswith("dd-distill")
