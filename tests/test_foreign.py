@@ -27,7 +27,8 @@ def example(soft=False, steps=1, size=12, initial=False):
     labels = torch.arange(3).repeat(2).expand(steps, -1)
     pixels = torch.randint(0, 256, (steps, 6, 1, size, size), generator=random).float() / 255
     data = DistilledData.create((pixels - 0.5) / 0.25, labels, 1, 0.02)
-    soft_labels = torch.softmax(torch.randn(steps, 6, 3, generator=random), -1) if soft else None
+    others = torch.softmax(torch.randn(steps, 6, 3, generator=random), -1)
+    soft_labels = 0.7 * torch.eye(3)[labels] + 0.3 * others if soft else None
     weights = {"fc.weight": torch.ones(2)} if initial else None
     card = {"preprocessing": {"channels": 1, "image_size": size, "mean": [0.5], "std": [0.25]}}
     main = (data.images, data.labels, data.raw_learning_rates)

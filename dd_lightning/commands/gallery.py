@@ -86,7 +86,7 @@ def made_by(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} does not say how the run was made")
     overrides = [str(o) for o in OmegaConf.load(folder / "overrides.yaml")]
     kept = [o for o in overrides if not o.lstrip("+").startswith(ELSEWHERE)]
-    seed = OmegaConf.load(folder / "config.yaml")["seed"]
+    seed = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "seed")
     return {"command": " ".join(["dd-distill", *kept]), "seed": seed, "torch": version("torch")}
 
 
