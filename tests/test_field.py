@@ -4,9 +4,11 @@ import csv
 import json
 
 import pytest
+import torch
 import yaml
 from test_report import write_run
 
+from dd_lightning import DistilledData
 from dd_lightning.commands.report import PAPER
 from dd_lightning.report.field import budget, comma_separated, field_tables, heat_map, matrix_of, short
 from dd_lightning.report.gallery import gallery
@@ -116,3 +118,30 @@ def test_the_gallery_has_a_picture_of_each_set():
     for one in gallery():
         assert one.png.startswith(b"\x89PNG")
         assert one.made["command"].startswith("dd-distill")
+
+
+def test_the_sweep_fills_the_matrix(run, packed, tmp_path):
+    packed()
+    for name in ("one", "other"):
+        random = torch.Generator().manual_seed(len(name))
+        data = DistilledData.create(torch.randn(1, 3, 1, 12, 12, generator=random), torch.arange(3)[None])
+        data.card["dataset"] = {"choice": "packed", "target": "dd_lightning.data.Packed", "path": "toy.npz"}
+        data.card["dataset"] |= {"validation": 10}
+        (tmp_path / name).mkdir()
+        data.save(tmp_path / name / "distilled.safetensors")
+    few = ("networks=2", "use.epochs=2", "use.choosing=2", "use.learning_rates=[0.01,0.1]", "processes=1")
+    line = ("-m", "sweep=architectures", "distilled.path=one,other", "network=mlp,convnet", *few)
+    code, error, _ = run("evaluate", *line)
+    assert (code, error) == (0, "")
+    matrix = matrix_of(find_runs([tmp_path / "runs"]))
+    assert (matrix.rows, matrix.columns) == (["one", "other"], ["ConvNet", "MLP"])
+    assert len(matrix.cells) == 4
+    for cell in matrix.cells.values():
+        (one,) = cell.runs
+        assert one.setting("init.scheme") == "default"
+        assert len(one.accuracies) == 2
+        assert one.result["use"]["controls"]["random"]["networks"] == 2
+    assert run("report")[0] == 0
+    text = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert "Sets against architectures" in text
+    assert (tmp_path / "runs" / "report" / "architectures.png").stat().st_size > 1000

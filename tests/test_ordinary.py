@@ -12,11 +12,11 @@ from torch import nn
 
 from dd_lightning.data import FlipRotate, Packed, RealData, Siamese, Unchanged
 from dd_lightning.distilled import DistilledData
-from dd_lightning.evaluation import Evaluation, Learner, Ordinary, fresh
+from dd_lightning.evaluation import Evaluation, Learner, Ordinary, Training, fresh
 from dd_lightning.evaluation.scores import scores
 from dd_lightning.init import FixedInit, RandomInit
 from dd_lightning.objectives import Classification
-from dd_lightning.sources import Sets, average_real, random_real
+from dd_lightning.sources import Sets, average_real, random_real, real_images
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import FunctionalUnroll
@@ -265,3 +265,22 @@ def test_frozen_weights_stay(evaluation):
     after = trained(network, weights, Examples.of(one), 0.1, Protocol(epochs=2))
     same = [name for name in weights if torch.equal(weights[name], after[name])]
     assert same == ["first.weight"]
+
+
+def test_controls_of_data_with_rates_of_their_own(evaluation):
+    """The same order and rates, on random real images; baselines stand alone."""
+    one = with_soft_labels(evaluation.data)
+    few = replace(evaluation, networks=10)
+    assert "controls" not in Training(["random", "hard"])(few, Sets([one])).details
+    one = replace(one, card={"made": "somehow"})
+    controls = Training(["random", "hard"])(few, Sets([one])).details["controls"]
+    assert controls["hard"]["accuracy_mean"] == few.test([replace(one, soft_labels=None)]).mean
+    real = [
+        real_images(evaluation.data, one.labels, generator(evaluation.data.seed, Stream.BASELINE, index))
+        for index in range(5)
+    ]
+    beside = replace(few, networks=2).test([replace(one, images=images, soft_labels=None) for images in real])
+    assert controls["random"]["accuracy_mean"] == beside.mean
+    assert (controls["random"]["networks"], controls["random"]["sets"], controls["random"]["images"]) == (2, 5, 3)
+    with pytest.raises(ValueError, match="unknown control 'whole'; choose one of random, hard"):
+        Training(["whole"])

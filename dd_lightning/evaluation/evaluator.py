@@ -100,12 +100,12 @@ class Evaluation:
         count = self.learner.init.num_distinct(networks, stream)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def test(self, sets: Sequence[DistilledData]) -> HeldOutResult:
+    def test(self, sets: Sequence[DistilledData], description: str = "testing") -> HeldOutResult:
         """Every set on every network; the accuracies of all, set after set."""
         common = (self.networks, self.stream, self.pictures, self.per_step)
         parts = self.chunks(self.networks, self.stream)
         pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in parts}
-        results = self.workers.map("testing", judge_sets, pieces)
+        results = self.workers.map(description, judge_sets, pieces)
         return held_out_result({str(i): _of_set(i, results) for i in range(len(sets))})
 
     def best(self, sets: Sequence[DistilledData], keep: int | None) -> "Best":
@@ -179,8 +179,9 @@ class Outcome:
             on = f"{sets['training_pictures']} training pictures and {sets['networks']} network(s)"
             found.append(f"chosen on {on}: {details['sets']} of {sets['of']} sets")
         for one in details.get("controls", {}).values():
-            spread = f" ± {one['accuracy_std']:.2f}" if one["networks"] > 1 else ""
-            numbers = f"{one['stored_numbers']:,} numbers, rate {one['learning_rate']:g}, {one['networks']} network(s)"
+            spread = f" ± {one['accuracy_std']:.2f}" if one["accuracy_std"] else ""
+            rate = f", rate {one['learning_rate']:g}" if "learning_rate" in one else ""
+            numbers = f"{one['stored_numbers']:,} numbers{rate}, {one['networks']} network(s)"
             found.append(f"beside it, {one['words']}: {one['accuracy_mean']:.2f}{spread} % ({numbers})")
         if details.get("scores"):
             found.append("scores: " + ", ".join(f"{name} {value:.3f}" for name, value in details["scores"].items()))

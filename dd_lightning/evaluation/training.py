@@ -1,11 +1,35 @@
 """Images as training data (Section 4)."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dd_lightning.distilled import DistilledData
+from dd_lightning.evaluation.controls import RANDOM_SETS
 from dd_lightning.evaluation.evaluator import Evaluation, Outcome
-from dd_lightning.sources import Sets
+from dd_lightning.sources import Sets, real_images
+from dd_lightning.system.checks import check_choice
+from dd_lightning.system.seeding import Stream, generator
+
+CONTROLS = ("random", "hard")
 
 
 class Training:
-    """Images as training data, with their own learning rates."""
+    """Images as training data, with their own learning rates.
+
+    Args:
+        controls: which stand beside data that were distilled, with the same training: `random` (as many random real
+            images instead, in five sets, on a fifth of the networks each), `hard` (the same images with their classes,
+            where labels were learned).
+
+    Raises:
+        ValueError: an unknown control.
+    """
+
+    def __init__(self, controls: Sequence[str] = ()) -> None:
+        for control in controls:
+            check_choice("control", control, CONTROLS)
+        self.controls = list(controls)
 
     def __call__(self, evaluation: Evaluation, sets: Sets) -> Outcome:
         best = evaluation.best(sets.members, sets.keep)
@@ -14,4 +38,34 @@ class Training:
         if chose is None:  # but perhaps the run that distilled the data chose; a card is data from elsewhere
             accuracy = best.sets[0].card.get("accuracy")
             chose = accuracy.get("networks_chose") if isinstance(accuracy, dict) else None
-        return Outcome(evaluation.test(best.sets), details, best.sets, evaluation.tested, chose)
+        result = evaluation.test(best.sets)
+        if best.sets[0].card:  # baselines have none
+            details["controls"] = self.beside(evaluation, best.sets[0])
+        return Outcome(result, details, best.sets, evaluation.tested, chose)
+
+    def beside(self, evaluation: Evaluation, one: DistilledData) -> dict[str, Any]:
+        """The controls of distilled data, by name."""
+        found = {}
+        if "random" in self.controls:
+            few = replace(evaluation, networks=-(-evaluation.networks // RANDOM_SETS))
+            draws = [generator(evaluation.data.seed, Stream.BASELINE, index) for index in range(RANDOM_SETS)]
+            images = [real_images(evaluation.data, one.labels, random) for random in draws]
+            members = [replace(one, images=x, soft_labels=None) for x in images]
+            found["random"] = entry(few, members, f"{one.labels.numel()} random real images")
+        if "hard" in self.controls and one.soft_labels is not None:
+            found["hard"] = entry(evaluation, [replace(one, soft_labels=None)], "the same images with hard labels")
+        return found
+
+
+def entry(evaluation: Evaluation, members: list[DistilledData], words: str) -> dict[str, Any]:
+    """What `result.json` says of a control."""
+    result = evaluation.test(members, f"testing {words.rpartition('random ')[2]}")
+    return {
+        "words": words,
+        "accuracy_mean": result.mean,
+        "accuracy_std": result.std,
+        "networks": evaluation.tested,
+        "sets": len(members),
+        "images": members[0].labels.numel(),
+        "stored_numbers": members[0].stored_numbers,
+    }

@@ -2,7 +2,7 @@
 
 from dd_lightning.sources.foreign import tensors
 from dd_lightning.sources.sets import Sets, average_real, kmeans, no_images, random_real, random_subsets
-from dd_lightning.sources.starts import learned, noise, real
+from dd_lightning.sources.starts import learned, noise, real, real_images
 
 __all__ = [
     "Sets",
@@ -14,5 +14,6 @@ __all__ = [
     "random_real",
     "random_subsets",
     "real",
+    "real_images",
     "tensors",
 ]
