@@ -75,12 +75,14 @@ class Ordinary:
         results = self.test(evaluation, compared, {name: rate for name, (rate, _) in chosen.items()})
         entries = {name: entry(one, results[name], chosen[name]) for name, one in compared.items()}
         means = {name: one["accuracy_mean"] for name, one in entries.items()}
-        own = entries.pop(OWN)
+        own, soft = entries.pop(OWN), sets.members[0].soft_labels is not None
+        if not soft:
+            means["hard"] = means[OWN]
         details = {
             "sets": len(sets.members),
             "protocol": vars(self.protocol),
             "images": own["images"],
-            "labels": "hard" if sets.members[0].soft_labels is None else "soft",
+            "labels": "soft" if soft else "hard",
             "stored_numbers": own["stored_numbers"],
             "learning_rate": own["learning_rate"],
             "controls": entries,

@@ -40,14 +40,14 @@ def scores(accuracies: dict[str, float]) -> dict[str, float]:
 
     Args:
         accuracies: in %, by the name of what networks were trained on: own, random, hard, whole, unaugmented,
-            random_unaugmented. Without `hard`, the labels are hard already.
+            random_unaugmented.
     """
     a = {name: value / 100 for name, value in accuracies.items()}
     found = {}
     if "random" in a:
         found["IOR"] = improvement_over_random(a["own"], a["random"])
-    if "whole" in a:
-        found["HLR"] = hard_label_recovery(a["whole"], a.get("hard", a["own"]))
+    if {"whole", "hard"} <= set(a):
+        found["HLR"] = hard_label_recovery(a["whole"], a["hard"])
     if {"IOR", "HLR"} <= set(found):
         found["LRS"] = label_robust_score(found["HLR"], found["IOR"])
     if {"random", "unaugmented", "random_unaugmented"} <= set(a):
