@@ -35,9 +35,20 @@ def evaluation(data):
     return Evaluation(learner, data, Workers(), networks=4)
 
 
-def trained_by_hand(weights, one, counters, rate, epochs, batch_size, optimizer, seed):
+class ConvOnly(nn.Module):
+    """Without a norm, which on a CPU is trained in channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dropout, self.fc = nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.fc(self.dropout(torch.relu(self.conv(x)).flatten(1)))
+
+
+def trained_by_hand(weights, one, counters, rate, epochs, batch_size, optimizer, seed, kind=SmallNet):
     """As anyone writes it; the order and the augmentation are drawn as the evaluation draws them."""
-    network = SmallNet()
+    network = kind()
     network.load_state_dict(weights)
     network.train()
     network.dropout.p = 0.0
@@ -71,7 +82,9 @@ PROTOCOLS = {
 @pytest.mark.parametrize("augment", [Unchanged(), FlipRotate(), Siamese(["crop", "scale", "cutout"])])
 @pytest.mark.parametrize("optimizer", PROTOCOLS)
 @pytest.mark.parametrize("labels", ["hard", "soft"])
-def test_accuracies_are_those_of_a_plain_loop_to_the_picture(evaluation, optimizer, augment, labels):
+@pytest.mark.parametrize("kind", [SmallNet, ConvOnly])
+def test_accuracies_are_those_of_a_plain_loop_to_the_picture(evaluation, optimizer, augment, labels, kind):
+    evaluation = replace(evaluation, learner=replace(evaluation.learner, network=kind()))
     (one,) = random_real(evaluation.data, steps=2, images_per_class=3, sets=1).members
     one = replace(one, augment=augment)
     if labels == "soft":
@@ -85,7 +98,7 @@ def test_accuracies_are_those_of_a_plain_loop_to_the_picture(evaluation, optimiz
     found = []
     for index, weights in enumerate(learner.init.held_out(learner.network, 4, Stream.HELD_OUT_TEST)):
         counters = (int(Stream.HELD_OUT_TEST), index)
-        network = trained_by_hand(weights, one, counters, 0.02, 7, 8, PROTOCOLS[optimizer], 5)
+        network = trained_by_hand(weights, one, counters, 0.02, 7, 8, PROTOCOLS[optimizer], 5, kind)
         found.append(100 * hits(network, test, evaluation.data.preprocessing) / len(test))
     assert outcome.result.accuracies[:, -1].tolist() == found
     assert (outcome.networks, outcome.networks_chose) == (4, None)
@@ -286,3 +299,13 @@ def test_controls_of_data_with_rates_of_their_own(evaluation):
     assert (controls["random"]["networks"], controls["random"]["sets"], controls["random"]["images"]) == (2, 5, 3)
     with pytest.raises(ValueError, match="unknown control 'whole'; choose one of random, hard"):
         Training(["whole"])
+
+
+@pytest.mark.slow  # starts processes
+def test_several_processes_find_what_one_finds(evaluation):
+    one, use = with_soft_labels(evaluation.data), Ordinary([0.01, 0.03], choosing=2, epochs=2)
+    alone = use(evaluation, Sets([one]))
+    with Workers(2) as workers:
+        together = use(replace(evaluation, workers=workers), Sets([one]))
+    assert torch.equal(alone.result.accuracies, together.result.accuracies)
+    assert alone.details == together.details

@@ -110,7 +110,9 @@ def trained(
     """
     fixed, seed, stream = frozen(network), protocol.seed, Stream.ORDINARY
     first, _ = examples.minibatch(torch.arange(min(2, len(examples))), generator(seed, stream, *counters))
-    format = memory_format(network, first)
+    # On CPUs the gradient of group norm is slow in channels last.
+    normed = any(isinstance(module, nn.GroupNorm) for module in network.modules())
+    format = torch.contiguous_format if normed else memory_format(network, first)
     if format == torch.channels_last:
         weights = {name: channels_last(value) for name, value in weights.items()}
     weights = {name: value.detach().clone().requires_grad_(name not in fixed) for name, value in weights.items()}
