@@ -49,6 +49,8 @@ class DatasetDistiller(pl.LightningModule):
         images_per_class: that are in use; None is all. The others have no gradient.
     """
 
+    images_per_class: int | None
+
     def __init__(
         self,
         distilled: DistilledData,
@@ -74,8 +76,7 @@ class DatasetDistiller(pl.LightningModule):
         self.raw_learning_rates = nn.Parameter(distilled.raw_learning_rates)
         self.register_buffer("labels", distilled.labels)
         self.raw_labels = None if raw_labels is None else nn.Parameter(raw_labels)
-        self._initial, self._labels = distilled, labels or FixedLabels()
-        self.images_per_class: int | None = None
+        self._initial, self._labels, self.images_per_class = distilled, labels or FixedLabels(), None
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
         self.outer_loss = OuterLoss(objective, precision)
@@ -84,9 +85,8 @@ class DatasetDistiller(pl.LightningModule):
         if self._window.start == POOL:
             self.pool = Pool(self._window.networks, len(self._place(0)), distilled.inner_steps, seed)
         # What is drawn anew in every outer step cannot be recorded.
-        drawn = not (
-            self._window.full and isinstance(distilled.order, FixedOrder) and isinstance(distilled.augment, Unchanged)
-        )
+        as_recorded = isinstance(distilled.order, FixedOrder) and isinstance(distilled.augment, Unchanged)
+        drawn = not (self._window.full and as_recorded)
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
         self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and not drawn)
         self._make_optimizer, self.make_schedule, self._rate_scale = optimizer, schedule, rate_scale

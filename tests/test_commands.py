@@ -169,11 +169,14 @@ def smaller(experiment):
     """What makes an experiment for any order, or for a GPU, cheap."""
     made = []
     if experiment.startswith(("any_", "rat_", "grow_", "bases_")):
-        made += ["order.inner_steps=4"] + ([] if experiment == "bases_cifar10_1" else ["window.length=2"])
+        made += ["order.inner_steps=4", "order.images_per_class=1", "distilled.images_per_class=2"]
+        made += [] if experiment == "bases_cifar10_1" else ["window.length=2"]
     if "cifar" in experiment and made:
-        made += ["network.width=4", "dataset.image_size=16", "order.images_per_class=1", "distilled.images_per_class=2"]
+        made += ["network.width=4", "dataset.image_size=16"]
     if experiment.startswith("grow_"):
-        made += ["trainer.max_steps=4"]  # one a stage
+        made += ["trainer.max_steps=4", "grow.stages=[1,2,3,4]"]  # one outer step a stage
+    if experiment == "soft_cifar10_fixed_100":
+        made += ["distilled.steps=1"]
     return made
 
 

@@ -115,7 +115,7 @@ def learned(
     Args:
         path: of the run's folder or of its `distilled.safetensors`.
         learning_rate: instead of those that were learned, such as for another inner optimizer.
-        soft_labels: false uses the images with their classes, where labels were learned.
+        soft_labels: false uses the classes of the images, where labels were learned.
         images_per_class: of a set that was grown, the prefix of a stage.
 
     Raises:
@@ -126,6 +126,23 @@ def learned(
     if not path:
         raise ValueError("say which distilled data: distilled.path=RUN_OR_FILE")
     distilled = DistilledData.load(path)
+    _check_form(distilled, data, path)
+    _check_whitening(distilled, data.preprocessing, path)
+    if images_per_class is not None:
+        distilled = distilled.prefix(images_per_class)
+    if learning_rate is not None:
+        check_positive(learning_rate=learning_rate)
+        rates = torch.full_like(distilled.raw_learning_rates, learning_rate)
+        distilled = replace(distilled, raw_learning_rates=softplus_inverse(rates))
+    return distilled if soft_labels else replace(distilled, soft_labels=None)
+
+
+def _check_form(distilled: DistilledData, data: RealData, path: str) -> None:
+    """Refuses distilled data of other classes, or of images of another shape.
+
+    Raises:
+        ValueError: saying which.
+    """
     if distilled.num_classes != data.num_classes:
         raise ValueError(
             f"{path} was distilled for {distilled.num_classes} classes; "
@@ -137,14 +154,6 @@ def learned(
             f"{path} holds images of {'×'.join(map(str, found))}; "
             f"data set {data.dataset.name} has {'×'.join(map(str, wanted))}"
         )
-    _check_whitening(distilled, data.preprocessing, path)
-    if images_per_class is not None:
-        distilled = distilled.prefix(images_per_class)
-    if learning_rate is not None:
-        check_positive(learning_rate=learning_rate)
-        rates = torch.full_like(distilled.raw_learning_rates, learning_rate)
-        distilled = replace(distilled, raw_learning_rates=softplus_inverse(rates))
-    return distilled if soft_labels else replace(distilled, soft_labels=None)
 
 
 def _check_whitening(distilled: DistilledData, used: Preprocessing, path: str) -> None:
