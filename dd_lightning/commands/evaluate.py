@@ -3,28 +3,25 @@
 import hashlib
 import json
 import logging
-import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.build import (
-    CARD_GROUPS,
     build_data,
     build_network,
     build_objective,
     build_sets,
     versions,
 )
+from dd_lightning.commands.cards import overridden, with_card
 from dd_lightning.commands.launch import command
-from dd_lightning.commands.resolvers import task_overrides
 from dd_lightning.data import Whitening
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Evaluation, Learner, Outcome
@@ -40,9 +37,6 @@ from dd_lightning.unroll import AdjointUnroll
 FOREIGN = "dd_lightning.sources.tensors"  # data of others have no card
 
 log = logging.getLogger(__name__)
-
-# Settings that a card has no say in: where files lie, and what is run.
-NOT_OF_CARD = ("data_dir", "folder", "populations_dir", "source", "weights")
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -90,7 +84,7 @@ def build_evaluation(cfg: DictConfig, workers: Workers, whitening: Whitening | N
     data = build_data(cfg, whitening)
     objective = build_objective(cfg, data)
     sets = build_sets(cfg, data, objective)
-    brought = sets.members[0].initial_weights if sets.members and not _overridden("init") else None
+    brought = sets.members[0].initial_weights if sets.members and not overridden("init") else None
     init = instantiate(cfg.init) if brought is None else FixedInit(weights=brought)
     network = build_network(cfg, data, init)
     data.to(device)
@@ -139,61 +133,6 @@ def digest(cfg: DictConfig) -> str:
     for key in ("processes", "device", "runs_dir", "traceback"):
         settings.pop(key)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _overridden(group: str) -> bool:
-    """Whether the command line says anything of a config group."""
-    return any(re.match(rf"[+~]*{group}[.=@]", o) for o in task_overrides())
-
-
-def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
-    """The configuration with the card's choices and settings beneath the command line's.
-
-    A card is data from elsewhere: of it only names of config groups' options and plain settings are taken, never a
-    `_target_`.
-
-    Raises:
-        ValueError: the card names a network or data set that this configuration does not have.
-    """
-    task = task_overrides()
-    overrides = []
-    for group in CARD_GROUPS:
-        entry = card.get(group)
-        if not isinstance(entry, dict) or any(o.startswith(f"{group}=") for o in task):
-            continue
-        choice = entry.get("choice")
-        if not isinstance(choice, str) or not re.fullmatch(r"[\w-]+", choice):
-            continue
-        overrides.append(f"{group}={choice}")
-        known = compose("evaluate", overrides=[f"{group}={choice}"])[group]
-        if known.get("_target_") != entry.get("target") and not any(o.startswith(f"{group}._target_") for o in task):
-            raise ValueError(
-                f"the data were distilled with {group} {entry.get('target')}, which {group}={choice} is not here; "
-                f"name it with {group}=NAME or {group}._target_=CLASS"
-            )
-        overrides += [
-            f"{group}.{key}={_quoted(value)}"
-            for key, value in entry.items()
-            if key in known and not key.startswith("_") and key not in NOT_OF_CARD and _plain(value)
-        ]
-    composed = compose("evaluate", overrides=overrides + task)
-    with open_dict(composed):
-        composed.pop("hydra", None)
-    return composed
-
-
-def _plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
-
-
-def _quoted(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ",".join(map(_quoted, value)) + "]"
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 main = command("evaluate", evaluate)
