@@ -1,15 +1,20 @@
 """Images as training data (Section 4)."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation.controls import RANDOM_SETS
 from dd_lightning.evaluation.evaluator import Evaluation, Outcome
+from dd_lightning.parametrisation import Pixels
 from dd_lightning.sources import Sets, real_images
 from dd_lightning.system.checks import check_choice
 from dd_lightning.system.seeding import Stream, generator
+
+log = logging.getLogger(__name__)
 
 CONTROLS = ("random", "hard")
 
@@ -19,8 +24,8 @@ class Training:
 
     Args:
         controls: which stand beside data that were distilled, with the same training: `random` (as many random real
-            images instead, in five sets, on a fifth of the networks each), `hard` (the same images with their classes,
-            where labels were learned).
+            images, or stored numbers, in five sets, on a fifth of the networks each), `hard` (the same images with
+            their classes, where labels were learned).
 
     Raises:
         ValueError: an unknown control.
@@ -48,13 +53,28 @@ class Training:
         found = {}
         if "random" in self.controls:
             few = replace(evaluation, networks=-(-evaluation.networks // RANDOM_SETS))
-            draws = [generator(evaluation.data.seed, Stream.BASELINE, index) for index in range(RANDOM_SETS)]
-            images = [real_images(evaluation.data, one.labels, random) for random in draws]
-            members = [replace(one, images=x, soft_labels=None) for x in images]
-            found["random"] = entry(few, members, f"{one.labels.numel()} random real images")
+            try:
+                members = random_instead(evaluation.data, one)
+                found["random"] = entry(few, members, f"{members[0].labels.numel()} random real images")
+            except ValueError as reason:  # a control that cannot be had is no reason to have no result
+                log.warning(f"No random real images stand beside these data: {reason}.")
         if "hard" in self.controls and one.soft_labels is not None:
             found["hard"] = entry(evaluation, [replace(one, soft_labels=None)], "the same images with hard labels")
         return found
+
+
+def random_instead(data: RealData, one: DistilledData) -> list[DistilledData]:
+    """Sets of random real images that are used as these data are; of bases, as many as have their stored numbers.
+
+    Raises:
+        ValueError: fewer real images of a class than that.
+    """
+    if one.raw_images is not None:
+        stored = sum(tensor.numel() for tensor in one.learned_images.values())
+        one = one.first(max(1, stored // (one.images[:, 0].numel() * data.num_classes)))
+    one = replace(one, soft_labels=None, raw_images=None, parametrisation=Pixels())
+    draws = [generator(data.seed, Stream.BASELINE, index) for index in range(RANDOM_SETS)]
+    return [replace(one, images=real_images(data, one.labels, random)) for random in draws]
 
 
 def entry(evaluation: Evaluation, members: list[DistilledData], words: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dd_lightning.data import LABELS_FILE, Preprocessing
+from dd_lightning.data import LABELS_FILE
 from dd_lightning.distilled import DistilledData
 from dd_lightning.system.atomic import atomic_path, write_bytes
 
@@ -28,7 +28,7 @@ def export(distilled: DistilledData, folder: Path) -> None:
         raise ValueError("the card of these data does not say how pictures were normalised (preprocessing)")
     if (folder / "images").exists():
         raise ValueError(f"{folder} holds pictures already; name another folder")
-    preprocessing = Preprocessing(**distilled.card["preprocessing"])
+    preprocessing = distilled.preprocessing
     data = distilled.detach().dataset()
     tensors = {"images": data.images, "labels": data.labels, "classes": distilled.labels.flatten()}
     tensors |= {"learning_rates": distilled.learning_rates}
@@ -73,7 +73,7 @@ FILES
   images/CLASS/NUMBER.png       the images as pictures, with images/labels.csv; {losses}
 
 WHAT A LOOP NEEDS
-  inputs         normalised: (pixel / 255 − {mean}) / {std}; the images in the two files are that already
+  inputs         normalised: (pixel / 255 − {mean}) / {std}{whitened}; the images in the two files are that already
   loss           mean cross entropy with the labels
   order          {order}
   optimizer      {optimizer}
@@ -113,6 +113,7 @@ def explained(distilled: DistilledData, losses: str) -> str:
         losses=losses,
         mean=form["mean"],
         std=form["std"],
+        whitened="" if distilled.whitening is None else ", then whitened (DistilledData.preprocessing)",
         order=order,
         optimizer=settings(card.get("inner", {"choice": "gd"})),
         augment=settings(card.get("augment", {"choice": "none"})),
