@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dd_lightning.data import Augment, DistilledDataset, Preprocessing, Unchanged, Whitening, augment_of, whitening_of
-from dd_lightning.networks import training_without_dropout
+from dd_lightning.networks import load_weights, training_without_dropout
 from dd_lightning.parametrisation import Images, Pixels, images_of
 from dd_lightning.system.checks import check_count, check_positive
 from dd_lightning.system.gallery import located, widened
@@ -196,16 +196,13 @@ class DistilledData:
             The same network, in the mode (train or eval) it came in.
 
         Raises:
-            ValueError: the data belong to a fixed network of other shapes.
+            ValueError: the data belong to a fixed network with other weights; the message names those that differ.
         """
         if self.initial_weights is not None:
             try:
-                network.load_state_dict(self.initial_weights, strict=False)
-            except RuntimeError as error:
-                raise ValueError(
-                    "these data were distilled for one fixed network, whose weights do not fit this "
-                    f"{type(network).__name__}"
-                ) from error
+                load_weights(network, self.initial_weights)
+            except ValueError as error:
+                raise ValueError(f"these data were distilled for one fixed network; {error}") from error
         theta: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
         like = next(iter(theta.values()))
         optimizer = inner_optimizer(self.card)

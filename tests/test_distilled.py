@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from dd_lightning import DistilledData, LeNet
 from dd_lightning.distilled import softplus_inverse
+from dd_lightning.networks import load_weights
 
 
 def example(steps=2, epochs=3, learning_rate=0.02):
@@ -85,6 +87,57 @@ def test_weights_of_a_fixed_network_that_do_not_fit_are_refused():
     data = DistilledData(data.images, data.labels, data.raw_learning_rates, {}, dict(LeNet(num_classes=7).state_dict()))
     with pytest.raises(ValueError, match="one fixed network"):
         data.train(LeNet())
+
+
+class Around(torch.nn.Module):
+    """A network inside another module, with a weight beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = LeNet(), torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.scale * self.body(x)
+
+
+def of_one_network():
+    torch.manual_seed(3)
+    data, network = example(), LeNet()
+    return replace(data, initial_weights={name: p.detach().clone() for name, p in network.named_parameters()}), network
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, torch.compile, lambda n: torch.compile(torch.nn.DataParallel(n))]
+)
+def test_a_wrapped_network_gets_the_weights_of_its_own(wrap):
+    data, network = of_one_network()
+    expected = dict(data.train(network).named_parameters())
+    torch.manual_seed(4)
+    other = LeNet()
+    wrapped = wrap(other)
+    load_weights(wrapped, data.initial_weights)
+    assert all(torch.equal(p, data.initial_weights[name]) for name, p in other.named_parameters())
+    if wrap is torch.nn.DataParallel:
+        data.train(wrapped)
+        torch.testing.assert_close(dict(other.named_parameters()), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (Around, "it lacks conv1.bias"),
+        (Around, "body.conv1.bias"),
+        (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), "1.weight"),
+        (lambda: LeNet(num_classes=7), "[10, 84], and [7, 84] here"),
+    ],
+)
+def test_a_network_of_other_weights_is_not_trained_from_its_own(make, named):
+    data, network = of_one_network()[0], make()
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    with pytest.raises(ValueError, match="distilled for one fixed network; the weights do not fit") as caught:
+        data.train(network)
+    assert named in str(caught.value)
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
 
 
 @pytest.mark.parametrize("wrong", ["missing", "text", "truncated", "pickle", "foreign", "empty"])

@@ -12,7 +12,7 @@ from dd_lightning.evaluation.adversarial import Domains, Setting, adapt, head_of
 from dd_lightning.evaluation.evaluator import Evaluation, Learner, Outcome, held_out_result, numpy
 from dd_lightning.evaluation.grid import check_different, choice
 from dd_lightning.evaluation.heldout import count_choosing
-from dd_lightning.networks import stack, training_without_dropout
+from dd_lightning.networks import load_weights, stack, training_without_dropout
 from dd_lightning.objectives import Measures
 from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_count, check_positive
@@ -178,7 +178,7 @@ def adapt_one(
     index %= learner.init.num_distinct(networks, stream)
     (weights,) = learner.held_out(networks, stream, slice(index, index + 1))
     network = copy.deepcopy(learner.network)
-    network.load_state_dict(weights, strict=False)
+    load_weights(network, weights)
     few = distilled.to(source.labels.device)
     domains = Domains(source, preprocessing, few.images.flatten(0, 1), few.labels.flatten())
     judged: list[Measures] = []

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dd_lightning.init.interface import Init, to_device_of
 from dd_lightning.init.random import RandomInit
-from dd_lightning.networks import Weights, stack
+from dd_lightning.networks import Weights, differences, stack
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream
 
@@ -75,6 +75,6 @@ class FixedInit(OneNetwork):
         shapes = {name: weight.shape for name, weight in self.weights(network).items()}
         if shapes != {name: p.shape for name, p in network.named_parameters()}:
             raise ValueError(
-                f"these data were distilled for one fixed network whose weights do not fit {type(network).__name__}; "
-                "give init=random to evaluate them on unseen networks"
+                f"these data were distilled for one fixed network, whose weights do not fit {type(network).__name__} "
+                f"({differences(network, shapes)}); give init=random to evaluate them on unseen networks"
             )

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dd_lightning.networks import Weights, class_name
+from dd_lightning.networks import Weights, class_name, differences
 from dd_lightning.system.atomic import write_bytes, write_json
 
 FORMAT = "dd_lightning.population/1"
@@ -89,7 +89,10 @@ class Population:
                 raise ValueError(f"population {self.path} was made with {what} {there}; here {what} is {here}")
         shapes = {name: list(p.shape) for name, p in network.named_parameters()}
         if shapes != self.card["shapes"]:
-            raise ValueError(f"population {self.path} was made with other settings of network {class_name(network)}")
+            raise ValueError(
+                f"population {self.path} was made with other settings of network {class_name(network)}"
+                f" ({differences(network, self.card['shapes'])})"
+            )
 
     def missing(self, part: str) -> list[int]:
         """The networks that are not trained yet."""

@@ -5,6 +5,7 @@ from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.check import check_network
 from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
 from dd_lightning.networks.convnet import ConvNet
+from dd_lightning.networks.fitting import differences, load_weights
 from dd_lightning.networks.formats import channels_last, memory_format
 from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
 from dd_lightning.networks.lenet import LeNet
@@ -49,9 +50,11 @@ __all__ = [
     "concatenated",
     "confusion",
     "count",
+    "differences",
     "evaluating",
     "forward_each",
     "frozen",
+    "load_weights",
     "memory_format",
     "percent",
     "predict",
