@@ -26,6 +26,11 @@ def bench(cfg: DictConfig) -> None:
     check_count(repeats=cfg.repeats, batch_size=cfg.batch_size)
     for name in cfg.networks:
         check_choice("network", name, NETWORKS)
+    for name in cfg.per_step:
+        check_choice("network in per_step", name, NETWORKS)
+    for name, engine in cfg.engines.items():
+        for key in engine:
+            check_choice(f"setting of engines.{name}", key, ["unroll", "precision"])
     check_count(**{f"steps[{i}]": t for i, t in enumerate(cfg.steps)})
     device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
     if cfg.threads:

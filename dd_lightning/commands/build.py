@@ -127,7 +127,8 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
         computed_from(cfg, data),
         cfg.precision,
         cfg.chunk,
-        cfg.capture and growing is None,  # a set that grows cannot be recorded
+        # A set that grows cannot be recorded, and a recorded step is not looked into.
+        cfg.capture and growing is None and not cfg.trainer.get("detect_anomaly"),
         labels,
         raw_labels,
         window,

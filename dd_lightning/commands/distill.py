@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.build import build_data, build_distiller, build_loggers
 from dd_lightning.commands.errors import check_resolved, named
@@ -21,11 +21,12 @@ from dd_lightning.system.checks import check_count, check_positive, check_whole
 from dd_lightning.system.locking import alone
 from dd_lightning.system.processes import rank
 from dd_lightning.system.signals import interrupted_at_once
-from dd_lightning.training.checks import check_inside, check_outer, check_writable
+from dd_lightning.training.checks import check_inside, check_outer, check_trainer, check_writable
 from dd_lightning.training.errors import explained
 from dd_lightning.training.finishing import finish, tell, write_results
-from dd_lightning.training.processes import SameSettings, check_processes, check_strategy
+from dd_lightning.training.processes import SameSettings, check_processes
 from dd_lightning.training.resuming import AtomicCheckpointIO, find_checkpoint, load_checkpoint
+from dd_lightning.training.stopping import TimeLimit, check_whole_run
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,12 @@ def run(cfg: DictConfig, folder: Path) -> float:
     try:
         with explained(trainer), interrupted_at_once("outside of an outer step; the same command goes on"):
             trainer.fit(distiller, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            check_whole_run(trainer)
             finished = finish(trainer, distiller, data)
             if trainer.is_global_zero:
                 about = {"name": cfg.name, "seed": cfg.seed, "expected": cfg.get("expected")}
                 write_results(finished, trainer, data, folder, about)
-                tell(finished, distiller.init.fixed, folder)
+                tell(finished, trainer, distiller.init.fixed, folder)
             return finished.test.mean
     finally:
         if "wandb" in sys.modules:
@@ -75,14 +77,16 @@ def check(cfg: DictConfig, folder: Path) -> None:
         ValueError: naming the setting.
     """
     check_whole(seed=cfg.seed)
-    check_count(**{"trainer.max_steps": cfg.trainer.max_steps, "trainer.num_nodes": cfg.trainer.num_nodes})
     if cfg.threads is not None:
         check_count(threads=cfg.threads)
     check_resolved(cfg)
     check_positive(**{"optimizer.lr": cfg.optimizer.lr})
     if cfg.rate_scale != 0:
         check_positive(rate_scale=cfg.rate_scale)
-    check_strategy(cfg.trainer.strategy)
+    betas = cfg.optimizer.get("betas")
+    if betas is not None and (isinstance(betas, str) or len(betas) != 2):
+        raise ValueError(f"optimizer.betas must be two numbers, such as [0.5,0.999], not {betas}")
+    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
     for group in ("callbacks", "logger"):
         check_inside(folder, group, cfg[group] or {})
 
@@ -92,8 +96,11 @@ def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, ch
     step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     # Growing comes first: what others see after an outer step is what it has left of it.
     callbacks = [instantiate(callback) for callback in (cfg.grow, *(cfg.callbacks or {}).values()) if callback]
+    if cfg.trainer.get("max_time"):
+        callbacks.append(TimeLimit(OmegaConf.to_container(cfg.trainer)["max_time"]))
     trainer = instantiate(
         cfg.trainer,
+        max_time=None,
         callbacks=[SameSettings(distiller.config), *callbacks],
         logger=build_loggers(cfg, folder, step) or False,
         default_root_dir=str(folder),

@@ -41,7 +41,11 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
     lines = [line.strip() for line in text.splitlines()]
     message = "; ".join(line for line in lines if line and not line.startswith(("full_key: ", "object_type=")))
-    prefix = f"{error.override}: " if isinstance(error, OverrideParseException) else _key(error) or prefix
+    if isinstance(error, OverrideParseException):
+        return unreadable(error.override)
+    if several := re.match(r"Ambiguous value for argument '(.*?)=(.*?)'", message):
+        return f"{several[1]}={several[2]}: a sweep over values needs -m; a list is {several[1]}=[{several[2]}]"
+    prefix = _key(error) or prefix
     if old := re.search(rf"Error lo\w+ (?:target )?'dd_lightning\.({'|'.join(MOVED)})\.(\w+)'", message):
         room = "sources" if old[1] == "baselines" and old[2][0].islower() else MOVED[old[1]]
         message = f"dd_lightning.{old[1]}.{old[2]} is of an older layout; it is dd_lightning.{room}.{old[2]} now"
@@ -51,6 +55,16 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     if not prefix and not isinstance(error, EXPECTED):
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
+
+
+def unreadable(override: str) -> str:
+    """What is wrong with a part of the command line, and how it is written."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override} is no setting; one is written with =, such as {override}=VALUE"
+    if any(value.count(one) != value.count(other) for one, other in ("[]", "{}", "()")):
+        return f"{override}: a bracket is missing; a list is {key}=[1,2]"
+    return f"{override} cannot be read; a text with special characters has quotes inside quotes: {key}='\"text\"'"
 
 
 @contextmanager
@@ -85,9 +99,8 @@ def check_resolved(cfg: DictConfig) -> None:
 def with_overrides(message: str, overrides: list[str]) -> str:
     """The message, and what the command line says of the config group that it names, if it does not name the key."""
     keys = {override: override.lstrip("+~").partition("=")[0].split(".") for override in overrides}
-    group = re.split(r"\W", message)[0]
-    values = [o for o in overrides if len(keys[o]) > 1]
-    given = [o for o in values if keys[o][0] == group] or values or overrides
+    groups = re.match(r"([\w, ]+)(?=: |\.)", message)
+    given = [o for o in overrides if len(keys[o]) > 1 and groups and keys[o][0] in groups[1].split(", ")]
     if not given or any(re.search(rf"(^|\W){re.escape(keys[o][-1])}(\W|$)", message) for o in given):
         return message
     return f"{message} (given: {', '.join(given)})"

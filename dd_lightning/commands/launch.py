@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dd_lightning.commands.errors import TRACEBACK, one_line, with_overrides
+from dd_lightning.commands.keys import check_dashes, check_known, meant
+from dd_lightning.commands.records import leave
 from dd_lightning.commands.resolvers import register, task_overrides
 from dd_lightning.commands.sweep import run_job
 from dd_lightning.system.processes import rank
@@ -40,9 +43,14 @@ def command(config_name: str, task: Task) -> Callable[[], None]:
     program = f"dd-{config_name}" + (f" (process {rank()})" if rank() else "")
 
     def run(cfg: DictConfig) -> Any:
-        return run_task(program, task, cfg)
+        return run_task(program, checked, cfg)
+
+    def checked(cfg: DictConfig) -> Any:
+        check_known(cfg, CONF, config_name)
+        return task(cfg)
 
     def main() -> None:
+        check_dashes(program, sys.argv[1:])
         prepare()
         try:
             with interrupted_at_once():
@@ -55,6 +63,9 @@ def command(config_name: str, task: Task) -> Callable[[], None]:
             if os.environ.get(TRACEBACK):
                 raise
             message = one_line(error)
+            if unknown := re.match(r"Could not override '([\w.]+)'|Key '(\w+)' is not in struct", message):
+                key = unknown[1] or unknown[2]
+                message = f"there is no setting {key}{meant(key, CONF, config_name, sys.argv[1:])}"
             if message.startswith("hydra."):  # which Hydra makes of these before the task
                 given = [o for o in sys.argv[1:] if o.lstrip("+").partition("=")[0] in ("name", "runs_dir")]
                 message += f" (given: {', '.join(given)})" if given else ""
@@ -92,4 +103,6 @@ def run_task(program: str, task: Task, cfg: DictConfig) -> Any:
         message = one_line(error)
         if not isinstance(error, OSError | MemoryError | FloatingPointError):  # of a run, not of a setting
             message = with_overrides(message, task_overrides())
+            if rank() == 0:
+                leave(Path(HydraConfig.get().runtime.output_dir))
         sys.exit(f"{program}: error: {message}")

@@ -1,7 +1,9 @@
 """Checks of what a user sets, with errors in the user's words."""
 
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from numbers import Integral
 
 
@@ -57,3 +59,15 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """
     if value not in list(choices):  # type: ignore[call-overload]
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, choices))}")  # type: ignore[call-overload]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A question for the most similar of some dotted names, one that ends alike if there is one; or nothing."""
+    ends: dict[str, list[str]] = {}
+    for known in sorted(names, key=len):
+        ends.setdefault(known.rpartition(".")[2], []).append(known)
+    likely = difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
+    if not likely:
+        return ""
+    (found, *_) = difflib.get_close_matches(name, ends[likely[0]], 1, 0.0)
+    return f"; did you mean {found}?"

@@ -9,12 +9,22 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Interrupted(SystemExit):
-    """A signal asked the run to end. The exit code is the one that shells report, 128 + the signal's number."""
+OVER = 124  # the exit code of timeout(1)
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(128 + number)
-        self.message = f"interrupted by {signal.Signals(number).name} {message}".strip()
+
+class Interrupted(SystemExit):
+    """A signal asked the run to end, or its time is over.
+
+    The exit code is the one that shells report: 128 + the signal's number, or that of `timeout`.
+
+    Args:
+        number: of the signal; None where the time is over.
+    """
+
+    def __init__(self, number: int | None, message: str) -> None:
+        super().__init__(OVER if number is None else 128 + number)
+        by = "trainer.max_time" if number is None else signal.Signals(number).name
+        self.message = f"interrupted by {by} {message}".strip()
 
 
 def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:

@@ -81,6 +81,9 @@ class HeldOutEvaluation(Callback):
             distilled = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             self.best = {"accuracy": result.mean, "networks": len(result.accuracies), "distilled": distilled}
         log.info(f"step {step}: held-out accuracy {result}")
+        # A whole run is one epoch, at whose end an early stop would come too late.
+        for stopping in trainer.early_stopping_callbacks:
+            stopping.on_train_epoch_end(trainer, pl_module)
 
     def test(self, module: DatasetDistiller, distilled: DistilledData, data: RealData) -> HeldOutResult:
         """Accuracy on the test set; called once, when the distilled data are final."""

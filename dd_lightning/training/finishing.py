@@ -89,6 +89,7 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
         "validation_accuracy_mean": finished.validation,
         "learning_rates": distilled.learning_rates.tolist(),
         "outer_steps": trainer.global_step,
+        "stopped_early": trainer.global_step < trainer.max_steps,
         "seconds_distilling": resuming.seconds if resuming else None,
         "hardware": hardware(),
         "card": distilled.card,
@@ -99,7 +100,7 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     log_picture(trainer, folder / "distilled.png", trainer.global_step)
 
 
-def tell(finished: Finished, fixed: bool, folder: Path) -> None:
+def tell(finished: Finished, trainer: pl.Trainer, fixed: bool, folder: Path) -> None:
     """Says how well the distilled data do, and where they are.
 
     Args:
@@ -116,7 +117,11 @@ def tell(finished: Finished, fixed: bool, folder: Path) -> None:
         log.info(f"  {line}")
     for n, tested in finished.prefixes.items():
         log.info(f"  the first {plural(n, 'image')} of each class: {tested}")
-    log.info(f"saved in {os.path.relpath(folder)}: distilled.safetensors, distilled.png, result.json")
+    where = os.path.relpath(folder)
+    log.info(f"saved in {where}: distilled.safetensors, distilled.png, result.json")
+    if trainer.global_step < trainer.max_steps:
+        steps = f"{trainer.global_step} of {trainer.max_steps} outer steps"
+        log.info(f"a callback stopped the run early, after {steps}; resume={where} goes on from there")
 
 
 def plural(count: int, what: str) -> str:

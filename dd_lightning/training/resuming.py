@@ -78,7 +78,7 @@ class ResumeCheckpoint(Checkpoint):
         late = self._now - self._saved >= 60 * self.minutes
         self._stopping, late = agreed(trainer, self._asked, late)
         step = trainer.global_step
-        if self._stopping or late or step % self.every == 0 or step == trainer.max_steps:
+        if self._stopping or late or trainer.should_stop or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer)
 
     # Only after the end of an outer step does Lightning log its metrics, which must be on the disk before a run goes on
