@@ -209,7 +209,8 @@ class DistilledData:
         state = optimizer.init(theta)
         with training_without_dropout(network):
             for images, labels, learning_rate in self.detach().to(like.device, like.dtype).steps():
-                loss = F.cross_entropy(network(images), labels)
+                # A forward may change its images in place, and later epochs use them again.
+                loss = F.cross_entropy(network(images.clone()), labels)
                 found = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
                 gradients = dict(zip(theta, found, strict=True))
                 with torch.no_grad():

@@ -191,3 +191,60 @@ def test_a_refused_command_leaves_the_record_of_the_run_it_asked_for(run):
     assert code == 1
     assert "the checkpoint is of another config" in error
     assert before == {path: path.read_bytes() for path in folder.glob(".hydra/*")}
+
+
+class Buffered(torch.nn.Module):
+    """A network whose pixels are weighted by numbers that are drawn once, and are no parameters."""
+
+    def __init__(self, in_channels, image_size, num_classes):
+        super().__init__()
+        self.register_buffer("weighting", torch.randn(in_channels * image_size**2))
+        self.linear = torch.nn.Linear(in_channels * image_size**2, num_classes)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1) * self.weighting)
+
+
+def test_buffers_of_one_network_come_with_its_weights(run):
+    line = (*SHORT, "network._target_=test_asked.Buffered")
+    torch.manual_seed(1)
+    code, error, folder = run("distill", *line)
+    assert (code, error) == (0, "")
+    expected = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]["accuracies"]
+    torch.manual_seed(2)
+    code, error, again = run("evaluate", f"distilled.path={folder}", "network._target_=test_asked.Buffered")
+    assert (code, error) == (0, "")
+    assert json.loads((again / "result.json").read_text(encoding="utf-8"))["test"]["accuracies"] == expected
+    data, network = DistilledData.load(folder), Buffered(1, 12, 3)
+    data.train(network)
+    assert torch.equal(network.weighting, data.initial_weights["weighting"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trainer.deterministic=maybe", "trainer.deterministic must be true, false or warn, not 'maybe'"),
+        ("+trainer.detect_anomaly=3", "trainer: detect_anomaly must be true or false, not 3"),
+        ("callbacks.held_out.per_step=text", "callbacks.held_out: per_step must be true or false, not 'text'"),
+        ("chunk=0", "chunk must be a whole number of at least 1, not 0"),
+        ("schedule.gamma=-1", "schedule.gamma must be a number above 0, not -1"),
+        ("schedule.step_size=0", "schedule.step_size must be a whole number of at least 1"),
+        ("threads=100000", "threads must be at most 1024"),  # torch crashes
+        ("dataset.flip=3", "dataset: flip must be true or false"),
+        ("dataset.mean=0.5", "dataset: mean and std must be lists, such as [0.5]"),
+        ("dataset.crop_padding=50", "dataset: crop_padding=50 must be below the 12 pixels"),
+        ("dataset.path=.", "dd-pack folder=. path=my.npz"),
+        ("name=a/b", "dd-distill: error: name must be letters"),
+        ("resume=nowhere", "there is no checkpoint at nowhere"),
+        ("capture=text", "capture must be true or false"),
+        ("seed=4294967296", "seed must be below 2³², not 4294967296"),
+        ("network=null", "network=null is none of the group's options"),
+        ("network._target_=builtins.dict", "network must be a torch.nn.Module, not dict"),
+    ],
+)
+def test_values_of_another_kind(run, line, message):
+    code, error, folder = run("distill", *SHORT, line)
+    assert code == 1
+    assert message in error
+    assert error.count("\n") <= 1
+    assert folder is None

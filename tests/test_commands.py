@@ -228,7 +228,6 @@ BAD = {
     "distilled=learned distilled.path=nowhere": "there is no distilled data at nowhere",
     "distilled.nonsense=1": "nonsense",
     "runs_dir=toy.npz": "toy.npz",
-    "dataset=mnist data_dir=toy.npz": "toy.npz",
 }
 
 
@@ -239,6 +238,13 @@ def test_bad_input_in_one_line(run, overrides):
     assert BAD[overrides] in error
     assert "Traceback" not in error
     assert error.startswith("dd-distill: error: ")
+
+
+def test_a_folder_of_data_that_is_a_file_is_named(run):
+    code, error, _ = run("distill", "dataset=mnist", "data_dir=toy.npz")
+    assert code == 1
+    assert error.startswith("dd-distill: error: ")
+    assert "toy.npz" in error
 
 
 @pytest.mark.parametrize("wrong", ["truncated", "pickle", "classes", "shape", "checkpoint"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -22,7 +23,7 @@ BASE = ["trainer.max_steps=1", "trainer.accelerator=cpu", "init.per_step=1", "ba
 BASE += ["callbacks.held_out.networks=1", "callbacks.held_out.test_networks=1", "dataset.validation=15"]
 BASE += ["callbacks.progress=null", "unroll=functional"]
 GROUPS = ("dataset", "network", "init", "objective", "distilled", "inner", "unroll", "optimizer", "schedule", "trainer")
-GROUPS += ("callbacks", "logger", "debug")
+GROUPS += ("callbacks", "logger", "debug", "order", "augment", "labels", "window")
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # wandb asks for an account, ddp starts this file's program again, tracebacks are what this file looks for.
 OPTIONS = [o for o in OPTIONS if o not in ("logger=wandb", "trainer=ddp", "trainer=ddp_sim") and "debug" not in o]
@@ -110,15 +111,33 @@ def check(line, folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     code, printed = outcome(line)
     results = list(Path("runs").rglob("result.json"))
+    kept = [path for path in Path("runs").glob("*/*") if not any(made(file) for file in path.rglob("*"))]
+    if code == 0:
+        check_record(results[0].parent, line)
     shutil.rmtree("runs", ignore_errors=True)
     assert "Traceback" not in printed
     if code == 0:
         assert len(results) == 1
         return
+    assert not kept
     assert printed.startswith("dd-distill: error: ")
     assert printed.count("\n") == 1
     named = [part for override in line for part in override.partition("=")[0].split(".")]
     assert any(part in printed for part in named)
+
+
+def made(file):
+    """Whether a file of a run's folder is of work that was done."""
+    return file.is_file() and file.parent.name != ".hydra" and file.name not in (".lock", "dd-distill.log")
+
+
+def check_record(folder, line):
+    """The run's own record is what was asked."""
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    for override in OverridesParser.create().parse_overrides(line):
+        if override.key_or_group not in GROUPS and "${" not in override.input_line:
+            asked = OmegaConf.create({"value": override.value()}).value
+            assert repr(OmegaConf.select(config, override.key_or_group)) == repr(asked)
 
 
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

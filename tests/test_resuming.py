@@ -77,7 +77,7 @@ def heed(request, number):
     request.addfinalizer(lambda: signal.signal(number, before))
 
 
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 3), ("SIGINT", 7), ("SIGUSR1", 9)])
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 3), ("SIGINT", 7), ("SIGHUP", 8), ("SIGUSR1", 9)])
 def test_a_signal_saves_at_once_and_the_same_command_goes_on(request, run, monkeypatch, straight, name, step):
     number = signal.Signals[name]
     heed(request, number)

@@ -1,39 +1,32 @@
 """dd-bench: what an outer step costs, engine by engine."""
 
-import resource
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from rich import get_console
 from rich.table import Table
 
-from dd_lightning.commands.build import versions
 from dd_lightning.commands.launch import command
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.system.atomic import write_json
-from dd_lightning.system.checks import check_choice, check_count
-from dd_lightning.system.processor import hardware
+from dd_lightning.system.checks import check_choice, check_count, check_positive, check_threads, check_whole
+from dd_lightning.system.processor import device_of, hardware, versions
 from dd_lightning.training.cost import NETWORKS, PARTS, BareStep, Engine, Measured, framework, measure, ratio
+
+log = logging.getLogger(__name__)
 
 
 def bench(cfg: DictConfig) -> None:
     """Times every engine in every setting, in turn; prints a table and writes `bench.json`."""
-    check_count(repeats=cfg.repeats, batch_size=cfg.batch_size)
-    for name in cfg.networks:
-        check_choice("network", name, NETWORKS)
-    for name in cfg.per_step:
-        check_choice("network in per_step", name, NETWORKS)
-    for name, engine in cfg.engines.items():
-        for key in engine:
-            check_choice(f"setting of engines.{name}", key, ["unroll", "precision"])
-    check_count(**{f"steps[{i}]": t for i, t in enumerate(cfg.steps)})
-    device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
-    if cfg.threads:
+    check(cfg)
+    device = device_of(cfg.device)
+    if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if device.type == "cpu":
         limit_memory(cfg.gigabytes)
@@ -65,6 +58,31 @@ def bench(cfg: DictConfig) -> None:
             f"Lightning, data, callbacks and logging add {1e3 * added:.2f} ms to {1e3 * step:.1f} ms of an outer step "
             f"({100 * added / step:.1f} %; LeNet on digits, J = 1, T = 3, B = {cfg.batch_size})"
         )
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses, before anything is timed, what cannot be.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_count(repeats=cfg.repeats, batch_size=cfg.batch_size)
+    check_whole(seed=cfg.seed)
+    lists = {"networks": cfg.networks, "steps": cfg.steps} | {f"per_step.{n}": j for n, j in cfg.per_step.items()}
+    for key, value in lists.items():
+        if not isinstance(value, ListConfig):
+            raise ValueError(f"{key} must be a list, such as {key}=[{value}], not {value}")
+        if key != "networks":
+            check_count(**{f"{key}[{i}]": one for i, one in enumerate(value)})
+    for name in (*cfg.networks, *cfg.per_step):
+        check_choice("network", name, NETWORKS)
+    for name, engine in cfg.engines.items():
+        for key in engine:
+            check_choice(f"setting of engines.{name}", key, ["unroll", "precision"])
+    if cfg.gigabytes is not None:
+        check_positive(gigabytes=cfg.gigabytes)
+    if cfg.threads is not None:
+        check_threads(cfg.threads)
 
 
 def as_row(
@@ -99,15 +117,24 @@ def table(measured: dict[str, Measured], title: str) -> Table:
 
 
 def limit_memory(gigabytes: float | None) -> None:
-    """Makes an allocation fail instead of the whole process being killed."""
+    """Makes an allocation fail instead of the whole process being killed, where the system can."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        log.warning("this system bounds no process's memory: gigabytes has no effect")
+        return
     if gigabytes is None:
-        free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        free = next(
+            line
+            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("MemAvailable")
+        )
         gigabytes = 0.9 * int(free.split()[1]) / 2**20
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30), hard))
 
 
-main = command("bench", bench)
+main = command("bench")
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,11 @@
 """From a composed configuration to objects, and from objects to the card that describes them."""
 
 import logging
-import platform
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -19,9 +18,10 @@ from dd_lightning.data import RealData, Whitening
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import FixedPretrainedInit, Init, OneNetwork, RandomPretrainedInit
-from dd_lightning.networks import check_network
+from dd_lightning.networks import check_network, code_of
 from dd_lightning.objectives import Objective
 from dd_lightning.sources import Sets
+from dd_lightning.system.processor import versions
 from dd_lightning.training.loggers import make_logger
 from dd_lightning.unroll import InnerOptimizer
 
@@ -58,7 +58,11 @@ def build_network(cfg: DictConfig, data: RealData, init: Init) -> nn.Module:
     """The network template, checked against the data set and the init."""
     if data.preprocessing.whitening is not None and isinstance(init, RandomPretrainedInit | FixedPretrainedInit):
         raise ValueError("networks of a population were trained on pictures that are not whitened: whitening=none")
-    network = instantiate(cfg.network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of buffers: every command has the same ones
+        network = instantiate(cfg.network)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"network must be a torch.nn.Module, not {type(network).__name__}")
     check_network(network, data.preprocessing.image_shape, data.num_classes)
     init.check(network, data.preprocessing.image_shape, data.num_classes)
     return network
@@ -113,8 +117,9 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     with named("window"):
         check_window(window, distilled, init.per_step)
     distilled, raw_labels = learned(cfg, data, distilled, images, labels)
-    card = make_card(cfg, data) | card_of(distilled, budget)
-    weights = init.weights(network) if isinstance(init, OneNetwork) else None
+    card = make_card(cfg, data)
+    card |= card_of(distilled, budget) | {"network": card["network"] | code_of(network)}
+    weights = init.weights(network) | dict(network.named_buffers()) if isinstance(init, OneNetwork) else None
     return DatasetDistiller(
         replace(distilled, card=card, initial_weights=weights),
         network,
@@ -178,8 +183,3 @@ def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
     for place in ("dataset.data_dir", "whitening.folder", "init.populations_dir"):
         flat.pop(place, None)
     return flat | {"dataset.content": data.content}
-
-
-def versions() -> dict[str, str]:
-    packages = ("dd_lightning", "torch", "torchvision", "pytorch-lightning", "higher")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -39,9 +39,10 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
         overrides.append(f"{group}={choice}")
         known = compose("evaluate", overrides=[f"{group}={choice}"])[group]
         if known.get("_target_") != entry.get("target") and not any(o.startswith(f"{group}._target_") for o in task):
+            where = f" (in {entry['file']})" if isinstance(entry.get("file"), str) else ""
             raise ValueError(
-                f"the data were distilled with {group} {entry.get('target')}, which {group}={choice} is not here; "
-                f"name it with {group}=NAME or {group}._target_=CLASS"
+                f"the data were distilled with {group} {entry.get('target')}{where}, which {group}={choice} is not "
+                f"here; name it with {group}=NAME or {group}._target_=CLASS"
             )
         overrides += [
             f"{group}.{key}={_quoted(value)}"

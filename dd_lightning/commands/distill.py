@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +18,7 @@ from dd_lightning.commands.errors import check_resolved, named
 from dd_lightning.commands.launch import command
 from dd_lightning.commands.relaunch import started_alike
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.system.checks import check_count, check_positive, check_whole
+from dd_lightning.system.checks import check_count, check_positive, check_threads, check_whole
 from dd_lightning.system.locking import alone
 from dd_lightning.system.processes import rank
 from dd_lightning.system.signals import interrupted_at_once
@@ -77,16 +78,27 @@ def check(cfg: DictConfig, folder: Path) -> None:
         ValueError: naming the setting.
     """
     check_whole(seed=cfg.seed)
+    if cfg.seed >= 2**32:
+        raise ValueError(f"seed must be below 2³², not {cfg.seed}")
+    if not isinstance(cfg.capture, bool):
+        raise ValueError(f"capture must be true or false, not {cfg.capture!r}")
     if cfg.threads is not None:
-        check_count(threads=cfg.threads)
+        check_threads(cfg.threads)
     check_resolved(cfg)
     check_positive(**{"optimizer.lr": cfg.optimizer.lr})
     if cfg.rate_scale != 0:
         check_positive(rate_scale=cfg.rate_scale)
+    if cfg.chunk is not None:
+        check_count(chunk=cfg.chunk)
+    schedule = cfg.schedule or {}
+    for key, check_one in (("gamma", check_positive), ("step_size", check_count)):
+        if key in schedule:
+            check_one(**{f"schedule.{key}": schedule[key]})
     betas = cfg.optimizer.get("betas")
     if betas is not None and (isinstance(betas, str) or len(betas) != 2):
         raise ValueError(f"optimizer.betas must be two numbers, such as [0.5,0.999], not {betas}")
-    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))
+    settings: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    check_trainer(settings)
     for group in ("callbacks", "logger"):
         check_inside(folder, group, cfg[group] or {})
 
@@ -97,7 +109,8 @@ def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, ch
     # Growing comes first: what others see after an outer step is what it has left of it.
     callbacks = [instantiate(callback) for callback in (cfg.grow, *(cfg.callbacks or {}).values()) if callback]
     if cfg.trainer.get("max_time"):
-        callbacks.append(TimeLimit(OmegaConf.to_container(cfg.trainer)["max_time"]))
+        settings: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+        callbacks.append(TimeLimit(settings["max_time"]))
     trainer = instantiate(
         cfg.trainer,
         max_time=None,
@@ -112,7 +125,7 @@ def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, ch
     return trainer
 
 
-main = command("distill", distill)
+main = command("distill")
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,8 +18,8 @@ EXPECTED = (
     MemoryError,
     HydraException,
     OmegaConfBaseException,
-    MisconfigurationException,
 )
+LIGHTNINGS = "MisconfigurationException"  # too, by name: Lightning takes seconds to import
 
 # Where settings of an older layout of the package name what lies elsewhere now.
 MOVED = {
@@ -52,7 +51,7 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     extra = re.search(r"unexpected keyword argument '(\w+)'", message)
     if prefix and extra:  # such as what an experiment sets for another option of this group
         message += f"; leave it out with ~{prefix.removesuffix(': ')}.{extra[1]}"
-    if not prefix and not isinstance(error, EXPECTED):
+    if not prefix and not isinstance(error, EXPECTED) and type(error).__name__ != LIGHTNINGS:
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
 
@@ -101,7 +100,7 @@ def with_overrides(message: str, overrides: list[str]) -> str:
     keys = {override: override.lstrip("+~").partition("=")[0].split(".") for override in overrides}
     groups = re.match(r"([\w, ]+)(?=: |\.)", message)
     given = [o for o in overrides if len(keys[o]) > 1 and groups and keys[o][0] in groups[1].split(", ")]
-    if not given or any(re.search(rf"(^|\W){re.escape(keys[o][-1])}(\W|$)", message) for o in given):
+    if len(given) != 1 or any(re.search(rf"(^|\W){re.escape(keys[o][-1])}(\W|$)", message) for o in given):
         return message
     return f"{message} (given: {', '.join(given)})"
 

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -18,19 +18,19 @@ from dd_lightning.commands.build import (
     build_network,
     build_objective,
     build_sets,
-    versions,
 )
 from dd_lightning.commands.cards import overridden, with_card
 from dd_lightning.commands.launch import command
 from dd_lightning.data import Whitening
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Evaluation, Learner, Outcome
+from dd_lightning.evaluation.heldout import FEW
 from dd_lightning.init import FixedInit
 from dd_lightning.report.picture import draw
 from dd_lightning.sources import Sets
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.checks import check_choice, check_count
-from dd_lightning.system.processor import hardware
+from dd_lightning.system.processor import device_of, hardware, versions
 from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import AdjointUnroll
 
@@ -50,6 +50,8 @@ def evaluate(cfg: DictConfig) -> float:
     started = time.monotonic()
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_count(networks=cfg.networks)
+    if not isinstance(cfg.per_step, bool):
+        raise ValueError(f"per_step must be true or false, not {cfg.per_step!r}")
     check_choice("split", cfg.split, ["test", "validation"])
     whitening = None
     if cfg.distilled.get("path") and cfg.distilled._target_ != FOREIGN:
@@ -57,7 +59,7 @@ def evaluate(cfg: DictConfig) -> float:
         cfg, whitening = with_card(cfg, brought.card), brought.whitening
     use = instantiate(cfg.use)
     pieces = folder / "pieces" / digest(cfg)
-    with Workers(cfg.processes if device_of(cfg).type == "cpu" else 1, pieces) as workers:
+    with Workers(cfg.processes if device_of(cfg.device).type == "cpu" else 1, pieces) as workers:
         evaluation, sets = build_evaluation(cfg, workers, whitening)
         workers.folder = pieces / sets.digest  # what lies at a path may have changed
         outcome = use(evaluation, sets)
@@ -67,11 +69,8 @@ def evaluate(cfg: DictConfig) -> float:
     write_result(cfg, outcome, time.monotonic() - started, folder)
     shutil.rmtree(pieces.parent, ignore_errors=True)
     tell(cfg.split, outcome)
+    log.info(f"saved in {os.path.relpath(folder)}: result.json" + (", distilled.png" if outcome.sets else ""))
     return outcome.result.mean
-
-
-def device_of(cfg: DictConfig) -> torch.device:
-    return torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build_evaluation(cfg: DictConfig, workers: Workers, whitening: Whitening | None = None) -> tuple[Evaluation, Sets]:
@@ -80,13 +79,15 @@ def build_evaluation(cfg: DictConfig, workers: Workers, whitening: Whitening | N
     Args:
         whitening: that the distilled data bring.
     """
-    device = device_of(cfg)
+    device = device_of(cfg.device)
     data = build_data(cfg, whitening)
     objective = build_objective(cfg, data)
     sets = build_sets(cfg, data, objective)
     brought = sets.members[0].initial_weights if sets.members and not overridden("init") else None
     init = instantiate(cfg.init) if brought is None else FixedInit(weights=brought)
     network = build_network(cfg, data, init)
+    buffers = dict(network.named_buffers())
+    network.load_state_dict({name: v for name, v in (brought or {}).items() if name in buffers}, strict=False)
     data.to(device)
     network.to(device)
     learner = Learner(network, init, AdjointUnroll(instantiate(cfg.inner), batched=None), data.preprocessing, objective)
@@ -119,7 +120,8 @@ def tell(split: str, outcome: Outcome) -> None:
     for line in outcome.lines():
         log.info(line)
     low, high = result.interval
-    interval = f" (95 % interval {low:.2f} to {high:.2f})" if high > low else ""
+    few = " (too few for an interval)" if 1 < len(result.accuracies) < FEW else ""
+    interval = f" (95 % interval {low:.2f} to {high:.2f})" if high > low else few
     log.info(f"{split} accuracy over {outcome.counts}: {result}{interval}")
     for line in result.lines():
         log.info(f"  {line}")
@@ -135,7 +137,7 @@ def digest(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-main = command("evaluate", evaluate)
+main = command("evaluate")
 
 if __name__ == "__main__":
     main()

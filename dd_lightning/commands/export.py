@@ -8,12 +8,12 @@ from omegaconf import DictConfig
 
 from dd_lightning.commands.launch import command
 from dd_lightning.distilled import DistilledData
-from dd_lightning.report.export import export
+from dd_lightning.report.export import export as write_files
 
 log = logging.getLogger(__name__)
 
 
-def export_data(cfg: DictConfig) -> None:
+def export(cfg: DictConfig) -> None:
     """Writes distilled data into a folder.
 
     Raises:
@@ -22,11 +22,11 @@ def export_data(cfg: DictConfig) -> None:
     if not cfg.path:
         raise ValueError("say which distilled data: path=RUN_OR_FILE")
     distilled = DistilledData.load(cfg.path)
-    export(distilled, Path(cfg.folder))
+    write_files(distilled, Path(cfg.folder))
     log.info(f"{os.path.relpath(cfg.folder)}: distilled.npz, distilled.pt, images/; README.txt says how to use them")
 
 
-main = command("export", export_data)
+main = command("export")
 
 if __name__ == "__main__":
     main()

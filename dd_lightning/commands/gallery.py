@@ -113,7 +113,7 @@ def tested(content: bytes, networks: int) -> dict[str, Any]:
         return json.loads((Path(folder) / "test" / "result.json").read_text())["test"]
 
 
-main = command("gallery", gallery)
+main = command("gallery")
 
 if __name__ == "__main__":
     main()

@@ -60,7 +60,10 @@ def check_taken(node: dict[str, Any], prefix: str = "") -> None:
     if made is None or any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         return
     for key, value in node.items():
-        if key in parameters and wants_list(parameters[key].annotation) and "${" not in str(value):
+        if key in parameters and wants(parameters[key].annotation, bool) and "${" not in str(value):
+            if not isinstance(value, bool | None):
+                raise ValueError(f"{at}: {key} must be true or false, not {value!r}")
+        elif key in parameters and wants(parameters[key].annotation, list, tuple, Sequence) and "${" not in str(value):
             if isinstance(value, str | int | float):
                 raise ValueError(f"{at}: {key} must be a list, such as {at}.{key}=[{value}], not {value}")
         elif key not in parameters and not str(key).startswith("_"):
@@ -69,10 +72,11 @@ def check_taken(node: dict[str, Any], prefix: str = "") -> None:
             raise ValueError(f"{at}: {name} takes no setting {key!r}; leave it out with ~{at}.{key}{meant}")
 
 
-def wants_list(annotation: Any) -> bool:
-    """Whether an argument is a list or nothing."""
+def wants(annotation: Any, *kinds: type) -> bool:
+    """Whether an argument is of one of these kinds, or nothing."""
     either = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return {get_origin(one) or one for one in either} - {NoneType} in ({list}, {tuple}, {Sequence})
+    found = {get_origin(one) or one for one in either} - {NoneType}
+    return bool(found) and found.issubset(kinds)
 
 
 def top_level(conf: Path, config_name: str) -> set[str]:

@@ -1,4 +1,8 @@
-"""What every command shares: where its configuration lies, how it starts, and how it ends."""
+"""What every command shares: where its configuration lies, how it starts, and how it ends.
+
+Nothing here imports torch or Lightning, which takes seconds: `--help`, a mistyped option and the completion of a shell
+do not need them. What a command does is imported when its configuration is composed.
+"""
 
 import logging
 import os
@@ -6,6 +10,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +20,14 @@ import dotenv
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.errors import TRACEBACK, one_line, with_overrides
 from dd_lightning.commands.keys import check_dashes, check_known, meant
 from dd_lightning.commands.records import leave
-from dd_lightning.commands.resolvers import register, task_overrides
-from dd_lightning.commands.sweep import run_job
+from dd_lightning.commands.resolvers import SWEEP_FOLDER, register, task_overrides
+from dd_lightning.commands.sweep import JOBS, run_job
 from dd_lightning.system.processes import rank
-from dd_lightning.system.processor import tune_cpu
 from dd_lightning.system.signals import Interrupted, interrupted_at_once
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,11 +36,19 @@ CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if pa
 
 Task = Callable[[DictConfig], Any]
 
+
+def options(*groups: str) -> str:
+    """What can be chosen of each config group, for `--help`."""
+    lines = [f"  {g:13}{', '.join(sorted(path.stem for path in (CONF / g).glob('*.yaml')))}" for g in groups]
+    return "\n".join(lines)
+
+
 register()
+OmegaConf.register_new_resolver("options", options, replace=True)
 
 
-def command(config_name: str, task: Task) -> Callable[[], None]:
-    """The entry point of a command.
+def command(config_name: str) -> Callable[[], None]:
+    """The entry point of a command: the function of that name in the module of that name.
 
     Bad input ends it with one line on stderr and exit code 1; `DD_TRACEBACK=1` or `debug=...` shows the traceback.
     In a multirun the other jobs are run first, and those that failed are listed. A signal ends it with one line, too,
@@ -43,11 +57,7 @@ def command(config_name: str, task: Task) -> Callable[[], None]:
     program = f"dd-{config_name}" + (f" (process {rank()})" if rank() else "")
 
     def run(cfg: DictConfig) -> Any:
-        return run_task(program, checked, cfg)
-
-    def checked(cfg: DictConfig) -> Any:
-        check_known(cfg, CONF, config_name)
-        return task(cfg)
+        return run_task(program, partial(imported, config_name), cfg)
 
     def main() -> None:
         check_dashes(program, sys.argv[1:])
@@ -57,33 +67,79 @@ def command(config_name: str, task: Task) -> Callable[[], None]:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
         except Interrupted as stop:
             if rank() == 0:
-                print(f"{program}: {stop.message}", file=sys.stderr)
+                print(f"{program}: {advised(stop.message)}", file=sys.stderr)
             sys.exit(stop.code)
+        except BrokenPipeError:
+            unheard(program)
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise
-            message = one_line(error)
-            if unknown := re.match(r"Could not override '([\w.]+)'|Key '(\w+)' is not in struct", message):
-                key = unknown[1] or unknown[2]
-                message = f"there is no setting {key}{meant(key, CONF, config_name, sys.argv[1:])}"
-            if message.startswith("hydra."):  # which Hydra makes of these before the task
-                given = [o for o in sys.argv[1:] if o.lstrip("+").partition("=")[0] in ("name", "runs_dir")]
-                message += f" (given: {', '.join(given)})" if given else ""
-            sys.exit(f"{program}: error: {message}")
+            sys.exit(f"{program}: error: {uncomposed(error, config_name)}")
+        finally:
+            for name in (SWEEP_FOLDER, JOBS):  # of this sweep alone
+                os.environ.pop(name, None)
 
     return main
+
+
+def imported(config_name: str, cfg: DictConfig) -> Any:
+    """What a command does, whose settings are all read."""
+    from dd_lightning.system.processor import tune_cpu
+
+    tune_cpu()
+    module = import_module(f"dd_lightning.commands.{config_name}")
+    check_known(cfg, CONF, config_name)
+    return getattr(module, config_name)(cfg)
+
+
+def uncomposed(error: Exception, config_name: str) -> str:
+    """What is wrong with a command line of which Hydra makes no configuration, or no folder."""
+    message = one_line(error)
+    said = sys.argv[1:]
+    if unknown := re.match(r"Could not override '([\w.]+)'|Key '(\w+)' is not in struct", message):
+        key = unknown[1] or unknown[2]
+        message = f"there is no setting {key}{meant(key, CONF, config_name, said)}"
+    if message.startswith("Config group override must be a string"):
+        given = [o for o in said if o.endswith("=null")]
+        message = f"{given[-1] if given else message} is none of the group's options"
+    if launcher := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", message):
+        message = f"hydra/launcher={launcher[1]} is not installed: pip install 'dd_lightning[{launcher[1]}]'"
+    if message.startswith("hydra."):  # which Hydra makes of these before the task
+        given = [o for o in said if o.lstrip("+").partition("=")[0] in ("name", "runs_dir")]
+        message = re.sub(r"^hydra\.\w+\.dir: \w+ raised while resolving interpolation: ", "", message)
+        message += f" (given: {', '.join(given)})" if given else ""
+    return message
+
+
+def unheard(program: str) -> None:
+    """Ends the program where nothing reads what it prints, such as `dd-report | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed at the end
+    sys.exit(128 + 13)  # as shells report SIGPIPE
+
+
+def advised(message: str) -> str:
+    """A message, whose promise that the same command goes on holds."""
+    same = "the same command"
+    return message.replace(same, f"{same} without resume=null") if "resume=null" in sys.argv else message
 
 
 def prepare() -> None:
     """Settings of the whole process."""
     dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+    for name in ("DD_DATA_DIR", "DD_POPULATIONS_DIR", "DD_RUNS_DIR"):
+        if name in os.environ:  # a shell expands ~, an .env file does not
+            os.environ[name] = os.path.expanduser(os.environ[name])
+    if os.getcwd() not in sys.path:  # a user's own network may lie here; nothing that is installed is hidden
+        sys.path.append(os.getcwd())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that has no arrows gets ? for them
+            stream.reconfigure(errors="replace")
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
     warnings.filterwarnings(
         "ignore", message=".*LeafSpec.*|.*does not have many workers.*|.torch.jit.script. is deprecated.*"
     )
-    tune_cpu()
     logging.raiseExceptions = bool(os.environ.get(TRACEBACK))  # e.g. where the disk of the log file is full
 
 
@@ -103,6 +159,11 @@ def run_task(program: str, task: Task, cfg: DictConfig) -> Any:
         message = one_line(error)
         if not isinstance(error, OSError | MemoryError | FloatingPointError):  # of a run, not of a setting
             message = with_overrides(message, task_overrides())
-            if rank() == 0:
-                leave(Path(HydraConfig.get().runtime.output_dir))
-        sys.exit(f"{program}: error: {message}")
+        if rank() == 0:
+            leave(Path(HydraConfig.get().runtime.output_dir))
+        sys.exit(f"{program}: error: {advised(message)}")
+
+
+bench, distill, evaluate, export, gallery, linear, pack, pretrain, report = map(
+    command, ("bench", "distill", "evaluate", "export", "gallery", "linear", "pack", "pretrain", "report")
+)

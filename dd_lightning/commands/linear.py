@@ -97,7 +97,7 @@ def figure(reached: list[Reached], dimension: int) -> Figure:
     return fig
 
 
-main = command("linear", linear)
+main = command("linear")
 
 if __name__ == "__main__":
     main()

@@ -14,13 +14,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from dd_lightning.commands.build import build_data, build_network, settings, versions
+from dd_lightning.commands.build import build_data, build_network, settings
 from dd_lightning.commands.launch import command
 from dd_lightning.data import RealData
 from dd_lightning.init import HELD_OUT, PARTS, TRAIN, Job, Population, RandomInit, Recipe, check_batched, train_shard
 from dd_lightning.networks import class_name
 from dd_lightning.system.checks import check_count
-from dd_lightning.system.processor import hardware, is_out_of_memory
+from dd_lightning.system.processor import device_of, hardware, is_out_of_memory, versions
 from dd_lightning.system.progress import progress_of
 from dd_lightning.system.workers import Workers
 
@@ -36,7 +36,7 @@ def pretrain(cfg: DictConfig) -> None:
     check_count(**{name: cfg[name] for name in ("at_once", "workers", "shard") if cfg[name] is not None})
     if cfg.seed == cfg.held_out_seed:
         raise ValueError(f"seed and held_out_seed are both {cfg.seed}: held-out networks must be other networks")
-    device = torch.device(cfg.device if cfg.device else "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(cfg.device)
     workers = cfg.workers or (1 if device.type != "cpu" else torch.get_num_threads())
     if device.type == "cpu":
         torch.set_num_threads(1)  # in every process, so that their number does not change the rounding
@@ -162,7 +162,7 @@ def complete(population: Population) -> None:
     population.write_card()
 
 
-main = command("pretrain", pretrain)
+main = command("pretrain")
 
 if __name__ == "__main__":
     main()

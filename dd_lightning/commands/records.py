@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 RECORD = ".hydra"
 _before: dict[Path, bytes] = {}  # what the run's folder said before this command
@@ -16,7 +17,10 @@ class Kept(Callback):
     """Refuses to write into the folder of a finished run, unless that is what `resume` says."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder, resume = Path(config.hydra.run.dir).absolute(), config.get("resume")
+        try:
+            folder, resume = Path(config.hydra.run.dir).absolute(), config.get("resume")
+        except OmegaConfBaseException:  # which the run then tells
+            return
         _before.clear()
         _before.update({path: path.read_bytes() for path in (folder / RECORD).glob("*.yaml")})
         asked = isinstance(resume, str) and Path(resume).resolve().is_relative_to(folder.resolve())

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from dd_lightning.commands.launch import command
 from dd_lightning.report import field, figures, tables
 from dd_lightning.report.page import page
-from dd_lightning.report.runs import find_runs
+from dd_lightning.report.runs import TRIAL, Run, find_runs
 from dd_lightning.system.atomic import write_bytes
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,9 @@ def report(cfg: DictConfig) -> int:
         How many numbers of the tables are missing.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    paper = yaml.safe_load(PAPER.read_text())
-    runs = find_runs(Path(one) for one in cfg.folders)
+    paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
+    found = find_runs(Path(one) for one in cfg.folders)
+    runs = [run for run in found if not run.is_trial]
     made = [tables.make_table(key, entry, runs) for key, entry in paper["tables"].items()]
     for table in made:
         for suffix, form in (("md", tables.markdown), ("tex", tables.latex), ("csv", tables.comma_separated)):
@@ -39,17 +40,35 @@ def report(cfg: DictConfig) -> int:
         if figure.drawing is not None:
             for suffix in ("png", "pdf"):
                 figures.save(figure.drawing, folder / f"{figure.key}.{suffix}")
-    write_bytes(
-        folder / "report.html", page(made, drawn, field.field_tables(paper["field"], runs), matrix, len(runs)).encode()
-    )
+    methods = field.field_tables(paper["field"], runs)
+    own = own_runs(runs, made, drawn)
+    trials = len(found) - len(runs)
+    write_bytes(folder / "report.html", page(made, drawn, methods, matrix, own, len(runs), trials).encode())
     missing = [cell for table in made for cell in table.missing]
-    for cell in missing:
-        log.info(f"missing: {cell.command}")
-    log.info(f"{len(runs)} runs; {os.path.relpath(folder / 'report.html')}, tables and figures beside it")
+    for run in own:
+        log.info(f"{run.name}, {run.dataset}: {tables.number(*run.mean_and_std)} % ({os.path.relpath(run.folder)})")
+    if trials:
+        log.info(f"{counted(trials)} with debug or fewer than {TRIAL} outer steps left out")
+    where = os.path.relpath(folder / "report.html")
+    if missing:
+        log.info(f"{len(missing)} of the paper's numbers have no run; {where} has the commands that make them")
+    log.info(f"{counted(len(runs))}; {where}, tables and figures beside it")
     return len(missing)
 
 
-main = command("report", report)
+def counted(runs: int) -> str:
+    return f"{runs} run{'' if runs == 1 else 's'}"
+
+
+def own_runs(runs: list[Run], made: list[tables.Table], drawn: list[figures.Figure]) -> list[Run]:
+    """The runs that no table and no figure of the paper is about."""
+    shown = {run.folder for table in made for cell in table.cells.values() if cell.ours for run in cell.ours.runs}
+    shown |= {run.folder for figure in drawn for run in figure.runs}
+    names = {run.name for run in runs if run.folder in shown}
+    return [run for run in runs if run.folder not in shown and run.name not in names]
+
+
+main = command("report")
 
 if __name__ == "__main__":
     main()

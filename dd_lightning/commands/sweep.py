@@ -4,19 +4,28 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
+from math import prod
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dd_lightning.commands.resolvers import NOT_COMPUTED_FROM, SWEEP_FOLDER
 from dd_lightning.system.atomic import write_json
 
 log = logging.getLogger(__name__)
 
 FINISHED, FAILED = "finished.json", "failed.json"
+JOBS = "DD_JOBS"  # how many a sweep has, in the environment of its jobs
+_taken: list[float] = []  # seconds, by the jobs that this process ran
 
 
 def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callable[[BaseException], str]) -> Any:
@@ -30,11 +39,15 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = " ".join(HydraConfig.get().overrides.task)
-    settings = OmegaConf.to_container(cfg, resolve=True)
+    number, count = HydraConfig.get().job.num, int(os.environ.get(JOBS, 0))
+    job = f"job {number + 1}" + (f" of {count}" if count else "")
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     finished = _read(folder / FINISHED)
-    if finished is not None and finished["settings"] == settings:
-        log.info(f"finished before: {overrides}")
+    if finished is not None and _decisive(finished["settings"]) == _decisive(settings):
+        log.info(f"{job} finished before: {overrides}")
         return finished["value"]
+    log.info(f"{job}{_time_left(count - number)}: {overrides}")
+    started = time.monotonic()
     (folder / FAILED).unlink(missing_ok=True)
     try:
         value = task(cfg)
@@ -43,13 +56,28 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
         write_json(folder / FAILED, {"overrides": overrides, "error": explain(error)})
         return float("nan")
     write_json(folder / FINISHED, {"settings": settings, "value": value})
+    _taken.append(time.monotonic() - started)
     return value
 
 
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_COMPUTED_FROM}
+
+
+def _time_left(jobs: int) -> str:
+    """How long so many jobs take, if this process knows."""
+    if not _taken or jobs < 1:
+        return ""
+    return f" (about {timedelta(seconds=round(jobs * fmean(_taken)))} left)"
+
+
 class Failures(Callback):
-    """Ends a multirun with an error that lists its jobs that failed."""
+    """Jobs of a multirun share a folder; it ends with an error that lists those that failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        os.environ[SWEEP_FOLDER] = config.hydra.sweep.dir
+        os.environ[JOBS] = str(number_of_jobs(config))
+        _taken.clear()
         self._before = _failures(config)  # of earlier multiruns in the same folder
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -59,6 +87,18 @@ class Failures(Callback):
             sys.exit(
                 "\n".join([f"{len(failed)} job(s) of the sweep failed; the same command runs them again:", *lines])
             )
+        write_json(Path(config.hydra.sweep.dir, FINISHED), {"jobs": number_of_jobs(config)})
+
+
+def number_of_jobs(config: DictConfig) -> int:
+    """How many jobs a multirun has; 0 where only its sweeper knows."""
+    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task, *swept])
+    swept_over = {o.key_or_group: o for o in reversed(overrides) if o.is_sweep_override()}
+    try:
+        return prod(len(list(o.sweep_string_iterator())) for o in swept_over.values())
+    except HydraException:
+        return 0
 
 
 def _failures(config: DictConfig) -> dict[Path, int]:
@@ -67,4 +107,4 @@ def _failures(config: DictConfig) -> dict[Path, int]:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

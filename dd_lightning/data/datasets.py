@@ -1,6 +1,7 @@
 """Data sets: where the pictures come from, and the form in which networks see them."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,7 +88,8 @@ class ImageDataset(ABC):
             colours are turned grey.
         crop_padding: augmentation: reflect-pad by so many pixels, then crop at random; 0 is none.
         flip: augmentation: mirror every other picture at random.
-        validation: number of training pictures that are held out for validation; 0 validates on those trained on.
+        validation: number of training pictures that are held out for validation; 0 validates on those trained on. None
+            is every tenth, at most 5,000, unless that would be fewer than there are classes.
 
     Raises:
         ValueError: naming the setting that cannot be.
@@ -104,10 +106,11 @@ class ImageDataset(ABC):
         std: list[float] | None = None,
         crop_padding: int = 0,
         flip: bool = False,
-        validation: int = 1000,
+        validation: int | None = 1000,
     ) -> None:
         check_name(name=name)
-        check_whole(validation=validation)
+        if validation is not None:
+            check_whole(validation=validation)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, not {channels!r}")
         if image_size is not None:
@@ -115,6 +118,10 @@ class ImageDataset(ABC):
         if num_classes is not None:
             check_count(num_classes=num_classes)
         check_whole(border=border, crop_padding=crop_padding)
+        if not isinstance(flip, bool):
+            raise ValueError(f"flip must be true or false, not {flip!r}")
+        if isinstance(mean, str | float | int) or isinstance(std, str | float | int):
+            raise ValueError(f"mean and std must be lists, such as [0.5], not {mean} and {std}")
         if (mean is None) != (std is None):
             raise ValueError("give both mean and std, or neither")
         self.name, self.num_classes = name, num_classes
@@ -146,11 +153,16 @@ class ImageDataset(ABC):
             Pictures(self._form(getattr(arrays, f"{s}_images")), torch.from_numpy(getattr(arrays, f"{s}_labels")))
             for s in ("train", "test")
         )
+        if self.validation is None:
+            tenth = min(len(train) // 10, 5000)
+            self.validation = tenth if tenth >= len(train.labels.unique()) else 0
         if self.validation >= len(train):
             raise ValueError(
                 f"validation={self.validation} leaves none of the {len(train)} training pictures of {self.name}"
             )
         channels, image_size = train.images.shape[1], train.images.shape[2]
+        if self.crop_padding >= image_size:
+            raise ValueError(f"crop_padding={self.crop_padding} must be below the {image_size} pixels of a picture")
         stored = arrays.train_images.shape[3:] or (1,)
         # The mean and std of three channels say nothing of their grey.
         turned_grey = channels < stored[0] and self.mean is not None and len(self.mean) == stored[0]
@@ -200,6 +212,10 @@ class Packed(ImageDataset):
         if not path or not isinstance(path, str):
             raise ValueError("a packed data set needs the path of its .npz file: dataset.path=FILE")
         self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            raise ValueError(
+                f"{path} is a folder, not a packed file; dd-pack folder={path} path=my.npz makes one of it"
+            )
         super().__init__(name or self.path.stem, **form)
 
     def prepare(self) -> None:
@@ -233,8 +249,14 @@ class TorchvisionDataset(Packed):
             with locked(download / ".lock", wait=True):  # of several processes one downloads
                 if not self.path.is_file():
                     self._download(download)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # raw files that are cut or changed raise anything, with or without words
             message = " ".join(str(error).split()) or type(error).__name__
+            reached = getattr(error, "errno", None) is None and not re.search(r"ownload|urlopen", message)
+            if reached and any(path.is_file() and path.name != ".lock" for path in download.rglob("*")):
+                raise ValueError(
+                    f"data set {self.name}: what was downloaded into {download} is incomplete or damaged ({message}); "
+                    "delete that folder, and the same command downloads it again"
+                ) from error
             raise FileNotFoundError(
                 f"data set {self.name} is not at {self.path} and could not be downloaded ({message}); "
                 "set data_dir to the folder of its packed file"

@@ -162,7 +162,7 @@ class Outcome:
     @property
     def counts(self) -> str:
         """How much the result is of, for people."""
-        networks = "" if self.networks is None else f" from {self.networks} network(s)"
+        networks = "" if self.networks is None else f" from {self.networks} network{'s' * (self.networks != 1)}"
         chose = "" if self.networks_chose is None else f", chosen with {self.networks_chose}"
         count = len(self.result.accuracies)
         return f"{count} result{'' if count == 1 else 's'}{networks}{chose}"

@@ -22,6 +22,8 @@ from dd_lightning.unroll import Unroll
 
 log = logging.getLogger(__name__)
 
+FEW = 4  # values of which no interval is told: Student's would be wider than what an accuracy can be
+
 
 @dataclass(frozen=True)
 class HeldOutResult:
@@ -51,9 +53,9 @@ class HeldOutResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean over networks (Student's t)."""
+        """The 95 % interval of the mean over networks (Student's t); the mean alone of fewer than `FEW` values."""
         count = len(self.accuracies)
-        if count < 2 or self.std == 0:
+        if count < FEW or self.std == 0:
             return self.mean, self.mean
         low, high = stats.t.interval(0.95, count - 1, loc=self.mean, scale=self.std / count**0.5)
         return float(low), float(high)

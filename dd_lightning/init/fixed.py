@@ -69,7 +69,10 @@ class FixedInit(OneNetwork):
         self._random, self._given = RandomInit(scheme, gain, seed=seed), weights
 
     def _make(self, network: nn.Module) -> dict[str, Tensor]:
-        return self._random.draw(network, Stream.INIT) if self._given is None else self._given
+        if self._given is None:
+            return self._random.draw(network, Stream.INIT)
+        buffers = dict(network.named_buffers())  # which come with the weights, and are the template's
+        return {name: weight for name, weight in self._given.items() if name not in buffers}
 
     def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
         shapes = {name: weight.shape for name, weight in self.weights(network).items()}

@@ -50,7 +50,7 @@ class Population:
         if not path.is_file():
             raise FileNotFoundError(f"there is no population at {self.path}")
         try:
-            card = json.loads(path.read_text())
+            card = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is truncated or not a card ({error})") from error
         if not isinstance(card, dict) or card.get("format") != FORMAT:

@@ -3,6 +3,7 @@
 from dd_lightning.networks.alexcifarnet import AlexCifarNet
 from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.check import check_network
+from dd_lightning.networks.code import code_of
 from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
 from dd_lightning.networks.convnet import ConvNet
 from dd_lightning.networks.fitting import differences, load_weights
@@ -47,6 +48,7 @@ __all__ = [
     "channels_last",
     "check_network",
     "class_name",
+    "code_of",
     "concatenated",
     "confusion",
     "count",

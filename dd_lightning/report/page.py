@@ -12,15 +12,25 @@ from dd_lightning.report.field import FieldTable, Matrix
 from dd_lightning.report.figures import Figure
 from dd_lightning.report.gallery import gallery
 from dd_lightning.report.runs import Measured, Run
-from dd_lightning.report.tables import NOTE, Table
+from dd_lightning.report.tables import NOTE, Table, number
 
 
-def page(tables: list[Table], figures: list[Figure], field: list[FieldTable], matrix: Matrix, count: int) -> str:
+def page(
+    tables: list[Table],
+    figures: list[Figure],
+    field: list[FieldTable],
+    matrix: Matrix,
+    own: list[Run],
+    count: int,
+    trials: int,
+) -> str:
     """HTML with every picture inside it.
 
     Args:
         field: published numbers of other methods, and ours beside them.
+        own: runs that are not about the paper.
         count: of runs that were read.
+        trials: how many more were left out.
     """
     environment = Environment(
         loader=PackageLoader("dd_lightning.report", "."),
@@ -44,7 +54,10 @@ def page(tables: list[Table], figures: list[Figure], field: list[FieldTable], ma
         seconds=seconds,
         networks=networks,
         note=NOTE,
+        own=own,
+        number=number,
         count=count,
+        trials=trials,
         version=version("dd_lightning"),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 # Settings that do not decide what is computed, or that runs of one experiment may differ in.
+TRIAL = 100  # outer steps: a run of fewer tried out whether it works
 APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback", "logger", "processes", "device")
 
 
@@ -31,6 +32,17 @@ class Run:
         return self.result.get("row"), self.result.get("column")
 
     @property
+    def dataset(self) -> str:
+        card = self.result.get("card", {}).get("dataset", {})
+        return str(card.get("name") or card.get("path") or card.get("choice") or "")
+
+    @property
+    def mean_and_std(self) -> tuple[float, float | None]:
+        """Over networks; no deviation of a single value."""
+        values = self.accuracies
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    @property
     def test(self) -> dict[str, Any]:
         return self.result["test"]
 
@@ -48,6 +60,17 @@ class Run:
     def networks_chose(self) -> int | None:
         """How many networks chose what was tested, where any did and it is known."""
         return self.test.get("networks_chose")
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether it tried out a command, with `debug=…` or a few outer steps, and says nothing of the method."""
+        return self.result.get("outer_steps", TRIAL) < TRIAL or any(o.startswith("debug=") for o in self.overrides)
+
+    @property
+    def shortened(self) -> str:
+        """After how many outer steps it ended, where that is not what its experiment says; else nothing."""
+        said = any(o.startswith("trainer.max_steps=") for o in self.overrides) or self.result.get("stopped_early")
+        return f"{self.result['outer_steps']:,} outer steps" if said and "outer_steps" in self.result else ""
 
     @cached_property
     def time(self) -> float:
@@ -92,7 +115,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
             raise FileNotFoundError(f"there is no folder of runs at {folder}")
         for path in sorted(folder.rglob("result.json")):
             try:
-                result = json.loads(path.read_text())
+                result = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path} is truncated or not JSON") from error
             if isinstance(result, dict) and "test" in result and "name" in result:

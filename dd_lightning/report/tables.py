@@ -29,7 +29,10 @@ class Cell:
 
     @property
     def ours_text(self) -> str:
-        return "" if self.ours is None else number(self.ours.mean, self.ours.std)
+        if self.ours is None:
+            return ""
+        shortened = self.ours.runs[0].shortened
+        return number(self.ours.mean, self.ours.std) + (f" ({shortened})" if shortened else "")
 
     @property
     def difference_text(self) -> str:

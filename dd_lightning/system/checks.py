@@ -29,6 +29,17 @@ def check_whole(**values: object) -> None:
             raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
 
 
+def check_threads(threads: object) -> None:
+    """Torch crashes where it cannot start as many as it is told to.
+
+    Raises:
+        ValueError: no whole number from 1 to 1,024.
+    """
+    check_count(threads=threads)
+    if threads > 1024:  # type: ignore[operator]
+        raise ValueError(f"threads must be at most 1024, not {threads}")
+
+
 def check_positive(**values: object) -> None:
     """Each value must be a finite number above 0.
 
@@ -66,8 +77,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     ends: dict[str, list[str]] = {}
     for known in sorted(names, key=len):
         ends.setdefault(known.rpartition(".")[2], []).append(known)
-    likely = difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
+    likely = difflib.get_close_matches(name.rpartition(".")[2], ends, 1, 0.75)
     if not likely:
         return ""
     (found, *_) = difflib.get_close_matches(name, ends[likely[0]], 1, 0.0)
-    return f"; did you mean {found}?"
+    return "" if found == name else f"; did you mean {found}?"

@@ -1,10 +1,17 @@
 """Locks that the system takes back when their process ends, however it ends."""
 
-import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -15,13 +22,15 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         BlockingIOError: another process holds it, and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
+            if fcntl is None:
+                raise OSError("this system has no locks")
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            log.warning(f"{path} cannot be locked ({error}): nothing keeps two commands from writing to one folder")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -41,7 +50,7 @@ def alone(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(path))
         except BlockingIOError as error:
             raise ValueError(
-                f"this run is going on already in {folder} (process {path.read_text().strip()}); "
+                f"this run is going on already in {folder} (process {path.read_text(encoding='utf-8').strip()}); "
                 "resume=null starts another"
             ) from error
         yield

@@ -4,12 +4,15 @@ import os
 import threading
 import time
 
-from pytorch_lightning.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning reads it when it is imported
 
 
 def rank() -> int:
     """The index of this process among those that distil together."""
-    return rank_zero_only.rank or 0
+    known = getattr(rank_zero_only, "rank", None)
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0)) if known is None else known
 
 
 def end_with(parent: int) -> None:

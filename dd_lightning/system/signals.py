@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: Ctrl-C, and what a cluster sends before it takes a machine away."""
+"""Signals that ask a run to end: Ctrl-C, a closed terminal, and what a cluster sends before it takes a machine away."""
 
 import signal
 import threading
@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Those that this system has; Windows lacks some.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 OVER = 124  # the exit code of timeout(1)

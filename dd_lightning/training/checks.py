@@ -87,6 +87,8 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
         reason = INSTEAD.get(key, "it would do nothing here" if key in taken else "")
         why = f": {reason}" if reason else nearest(key, TRAINER)
         raise ValueError(f"trainer.{key}={value} is not a setting of Algorithm 1{why}")
+    if settings.get("deterministic") not in (None, True, False, "warn"):
+        raise ValueError(f"trainer.deterministic must be true, false or warn, not {settings['deterministic']!r}")
     if settings.get("gradient_clip_val") is not None:
         check_positive(**{"trainer.gradient_clip_val": settings["gradient_clip_val"]})
     if settings.get("gradient_clip_algorithm") is not None:

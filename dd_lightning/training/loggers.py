@@ -27,7 +27,7 @@ class _Appending(ExperimentWriter):
         super().__init__(log_dir)
         path = Path(self.metrics_file_path)
         if path.is_file():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 
     def _check_log_dir_exists(self) -> None:
@@ -53,7 +53,7 @@ class CSVLogger(lightning.CSVLogger):
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
         if not path.is_file():
             return
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             keys = list(reader.fieldnames or [])
             whole = (row for row in reader if None not in row.values())  # the last may have been cut
@@ -70,7 +70,7 @@ def wandb_logger(make: Callable[..., WandbLogger], config: Any, folder: Path) ->
     """W&B's logger with the whole configuration: one W&B run a folder, offline where W&B cannot be reached."""
     import wandb
 
-    name = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
     settings = wandb.Settings(init_timeout=30)
     logger = make(config=config, id=name, resume="allow", settings=settings)
     if rank():

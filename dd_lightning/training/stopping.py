@@ -5,8 +5,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dd_lightning.system.signals import Interrupted
 from dd_lightning.training.callbacks import of_kind
