@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -104,6 +104,20 @@ class BareStep:
         clock.lap("update")
         self.count += 1
         return clock.laps
+
+
+def gradient(unroll: Unroll, device: torch.device) -> torch.Tensor:
+    """Of a tiny outer step in double precision, with respect to the images: the same by every engine, to rounding."""
+    torch.manual_seed(0)
+    step = BareStep("lenet", 2, 2, 4, device)
+    network, (pictures, labels) = step.network.double(), step.real
+    theta_0 = {name: weight.double() for name, weight in step.init.sample(network, 0).items()}
+    images = step.distilled.images.detach().double().requires_grad_()
+    rates = step.distilled.raw_learning_rates.detach().double().requires_grad_()
+    distilled = replace(step.distilled, images=images, raw_learning_rates=rates)
+    theta_T = unroll(network, theta_0, distilled.steps())
+    loss = OuterLoss(Classification())(network, theta_T, pictures.double(), labels)
+    return torch.autograd.grad(loss, images)[0]
 
 
 class Clock:
