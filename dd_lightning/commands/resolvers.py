@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.system.checks import check_name
@@ -25,6 +26,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    OmegaConf.register_new_resolver("tracked", tracked, replace=True)
 
 
 def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
@@ -72,6 +74,16 @@ def job_folder(overrides: str) -> str:
     name = overrides.replace("=", "-").replace(",", "_")
     typed = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:150]
     return typed if typed == name else f"{typed}_{digits(overrides)}"
+
+
+def tracked(what: str, *, _root_: DictConfig) -> str:
+    """How a tracker, such as W&B, files a run: the name of the `run`, and its `group`, which jobs of a sweep share."""
+    name, seed, runs_dir = (_root_.get(key) for key in ("name", "seed", "runs_dir"))
+    group, run = name, f"{name}_seed{seed}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        group = os.path.relpath(HydraConfig.get().sweep.dir, runs_dir)
+        run = HydraConfig.get().job.override_dirname or run
+    return {"group": group, "run": run}[what][:128]  # W&B takes no more
 
 
 def task_overrides() -> list[str]:

@@ -75,6 +75,10 @@ class RealData(pl.LightningDataModule):
         self.train, self.validation, self.test = (p.to(device) for p in (self.train, self.validation, self.test))
         self.preprocessing = self.preprocessing.to(device)
 
+    def keep(self, chosen: Int[Tensor, " n"]) -> None:
+        """Leaves these training pictures alone."""
+        self.train, self._epoch_order = Pictures(self.train.images[chosen], self.train.labels[chosen]), None
+
     def reseeded(self, seed: int) -> "RealData":
         """The same pictures, shared, in another order."""
         other = copy.copy(self)

@@ -2,8 +2,10 @@
 
 from dd_lightning.training.callbacks import DistilledPictures, HeldOutEvaluation, LastGood, ProgressBar
 from dd_lightning.training.clipping import AdaptiveClipping
+from dd_lightning.training.debugging import OneMinibatch, Profile
 from dd_lightning.training.growing import Growing
 from dd_lightning.training.loggers import CSVLogger
+from dd_lightning.training.progress import progress
 from dd_lightning.training.resuming import ResumeCheckpoint
 
 __all__ = [
@@ -13,6 +15,9 @@ __all__ = [
     "Growing",
     "HeldOutEvaluation",
     "LastGood",
+    "OneMinibatch",
+    "Profile",
     "ProgressBar",
     "ResumeCheckpoint",
+    "progress",
 ]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from dd_lightning.data import Pictures, RealData
@@ -159,6 +159,8 @@ def log_picture(trainer: pl.Trainer, path: Path, step: int) -> None:
             logger.log_image("distilled", [str(path)], step=step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image("distilled", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(path), "pictures")
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -20,6 +20,7 @@ from dd_lightning.system.processor import hardware
 from dd_lightning.training.callbacks import HeldOutEvaluation, log_picture, of_kind
 from dd_lightning.training.growing import Growing
 from dd_lightning.training.resuming import ResumeCheckpoint
+from dd_lightning.training.tracking import log_distilled
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     for logger in trainer.loggers:
         logger.log_metrics(result.metrics("test"), step=trainer.global_step)
     log_picture(trainer, folder / "distilled.png", trainer.global_step)
+    log_distilled(trainer.loggers, folder, distilled.card)
 
 
 def tell(finished: Finished, trainer: pl.Trainer, fixed: bool, folder: Path) -> None:

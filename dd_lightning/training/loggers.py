@@ -1,9 +1,7 @@
 """Loggers that an interrupted run goes on with."""
 
 import csv
-import hashlib
 import io
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +9,12 @@ from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning import loggers as lightning
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from dd_lightning.system.atomic import write_bytes
 from dd_lightning.system.processes import rank
-
-log = logging.getLogger(__name__)
+from dd_lightning.training.tracking import mlflow_logger, wandb_logger
 
 
 class _Appending(ExperimentWriter):
@@ -66,25 +63,6 @@ class CSVLogger(lightning.CSVLogger):
         write_bytes(path, text.getvalue().encode())
 
 
-def wandb_logger(make: Callable[..., WandbLogger], config: Any, folder: Path) -> WandbLogger:
-    """W&B's logger with the whole configuration: one W&B run a folder, offline where W&B cannot be reached."""
-    import wandb
-
-    name = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
-    settings = wandb.Settings(init_timeout=30)
-    logger = make(config=config, id=name, resume="allow", settings=settings)
-    if rank():
-        return logger
-    try:
-        _ = logger.experiment
-    except (wandb.Error, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        log.warning(f"W&B cannot be reached ({reason}); going on offline: `wandb sync` uploads the run later")
-        wandb.teardown()
-        logger = make(config=config, id=name, mode="offline")
-    return logger
-
-
 def make_logger(make: Callable[..., Logger], config: dict[str, Any], folder: Path, step: int) -> Logger:
     """A logger that goes on after outer step `step` of the run in `folder`.
 
@@ -95,6 +73,8 @@ def make_logger(make: Callable[..., Logger], config: dict[str, Any], folder: Pat
     kind = make.func  # type: ignore[attr-defined]
     if kind is WandbLogger:
         return wandb_logger(make, config, folder)  # type: ignore[arg-type]
+    if kind is MLFlowLogger:
+        return mlflow_logger(make, config, folder)  # type: ignore[arg-type]
     logger = make(purge_step=step + 1) if kind is TensorBoardLogger and step else make()
     if isinstance(logger, CSVLogger) and rank() == 0:
         logger.rewind(step)
