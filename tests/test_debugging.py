@@ -1,11 +1,16 @@
 """Debug presets, and progress without a terminal."""
 
 import json
+import os
+import tempfile
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_commands import SHORT, TOY
 
+from dd_lightning.commands import dry_run
 from dd_lightning.system.progress import Lines, duration, progress_of
 from dd_lightning.training import Profile, ProgressBar, progress
 from dd_lightning.training.progress import PlainProgress
@@ -96,3 +101,29 @@ def test_a_run_tells_its_progress_in_plain_lines(run, monkeypatch):
     assert said[0].startswith("distilling: 1 of 4 outer steps, ")
     assert "held-out accuracy" in said[3]
     assert said[3].startswith("distilling: 4 of 4 outer steps, 0 seconds left, loss ")
+
+
+def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(run, tmp_path, monkeypatch):
+    told, cost = [], dry_run.cost
+    monkeypatch.setattr(dry_run, "cost", lambda *about: told.append(about) or cost(*about))
+    monkeypatch.setattr(dry_run, "get_console", lambda: SimpleNamespace(print=said.append))
+    said = []
+    code, error, folder = run("distill", *SHORT, "init=random", "dry_run=true", "trainer.max_steps=100")
+    assert (code, error, folder) == (0, "", None)
+    assert not list(Path(tempfile.gettempdir()).glob(f"dd_dry_run_{os.getpid()}*"))
+    ((foretold, stored_numbers),) = told
+    assert stored_numbers == 3 * 144 + 3
+    assert (foretold.steps, foretold.evaluations) == (100, 50)
+    assert foretold.seconds > 100 * foretold.step > 0
+    assert foretold.test > foretold.evaluation > 0  # of 200 networks, and of 20
+    assert foretold.memory > 2**20
+    table = said[0]
+    rows = dict(zip(*(list(column.cells) for column in table.columns[::2]), strict=True))
+    assert "path=toy.npz" in rows["dataset"]
+    assert "max_steps=100" in rows["trainer"]
+
+
+def test_a_dry_run_is_of_one_run(run):
+    code, error, _ = run("distill", "-m", *TOY, "dry_run=true", "seed=1,2", "init=fixed")
+    assert code == 1
+    assert "dry_run=true is for one run; leave it out of a sweep" in error

@@ -34,7 +34,7 @@ def records(folder):
 
 
 def pieces(content, block=32768):
-    """The records of a LevelDB log after its header of seven bytes: parts with checksum, length and type before them."""
+    """The records of a LevelDB log, after its header: parts that begin with checksum, length and type."""
     whole, place = b"", 7
     while place + 7 <= len(content):
         if block - place % block < 7:  # no room for another part in this block
@@ -85,7 +85,7 @@ def test_jobs_of_a_multirun_share_a_group(run, tmp_path):
     first, second = (records(tmp_path / "runs" / "together" / job)["run"][0] for job in "01")
     assert first.run_group == second.run_group == "together"
     assert first.run_id != second.run_id
-    assert (first.display_name[-6:], second.display_name[-6:]) == ("seed=1", "seed=2")
+    assert (first.display_name, second.display_name) == ("distill_seed1_job0", "distill_seed2_job1")
 
 
 def test_the_command_line_of_a_wandb_agent_composes():

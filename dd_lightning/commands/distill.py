@@ -14,17 +14,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.build import build_data, build_distiller, build_loggers
+from dd_lightning.commands.dry_run import tell_cost
 from dd_lightning.commands.errors import check_resolved, named
 from dd_lightning.commands.launch import command
 from dd_lightning.commands.relaunch import started_alike
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.system.checks import check_count, check_positive, check_threads, check_whole
+from dd_lightning.system.checks import check_choice, check_count, check_positive, check_threads, check_whole
 from dd_lightning.system.locking import alone
 from dd_lightning.system.processes import rank
 from dd_lightning.system.signals import interrupted_at_once
 from dd_lightning.training.checks import check_inside, check_outer, check_trainer, check_writable
 from dd_lightning.training.errors import explained
-from dd_lightning.training.finishing import finish, tell, write_results
+from dd_lightning.training.finishing import Finished, finish, tell, write_results
 from dd_lightning.training.processes import SameSettings, check_processes
 from dd_lightning.training.resuming import AtomicCheckpointIO, find_checkpoint, load_checkpoint
 from dd_lightning.training.stopping import TimeLimit, check_whole_run
@@ -36,7 +37,7 @@ def distill(cfg: DictConfig) -> float:
     """Distils, tests on unseen networks, and saves data, picture and result in the run's folder.
 
     Returns:
-        Mean held-out test accuracy in %.
+        Mean held-out accuracy in %: on the test set, or as `returned` says.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_writable(folder)
@@ -54,6 +55,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     distiller = build_distiller(cfg, data)
     with named("optimizer, schedule"):
         check_outer(distiller)
+    if cfg.dry_run:
+        return tell_cost(cfg, distiller, data, folder)
     checkpoint = find_checkpoint(cfg.resume, folder)
     trainer = build_trainer(cfg, folder, distiller, checkpoint)
     try:
@@ -65,10 +68,23 @@ def run(cfg: DictConfig, folder: Path) -> float:
                 about = {"name": cfg.name, "seed": cfg.seed, "expected": cfg.get("expected")}
                 write_results(finished, trainer, data, folder, about)
                 tell(finished, trainer, distiller.init.fixed, folder)
-            return finished.test.mean
+            return returned(finished, cfg.returned)
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
+
+
+def returned(finished: Finished, what: str) -> float:
+    """The accuracy in % that a sweeper is told.
+
+    Raises:
+        ValueError: it is that of validation, and there was no evaluation.
+    """
+    if what == "test":
+        return finished.test.mean
+    if finished.validation is None:
+        raise ValueError("returned=validation, but there was no held-out evaluation")
+    return finished.validation
 
 
 def check(cfg: DictConfig, folder: Path) -> None:
@@ -78,6 +94,7 @@ def check(cfg: DictConfig, folder: Path) -> None:
         ValueError: naming the setting.
     """
     check_whole(seed=cfg.seed)
+    check_choice("returned", cfg.returned, ["test", "validation"])
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2³², not {cfg.seed}")
     if not isinstance(cfg.capture, bool):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
     if RUN_FOLDER in os.environ:
         return os.environ[RUN_FOLDER]
     check_name(name=_root_.get("name"))
+    if _root_.get("dry_run"):  # of which nothing stays
+        return str(Path(tempfile.gettempdir(), f"dd_dry_run_{os.getpid()}"))
     if resume is not None and not isinstance(resume, str):
         raise ValueError(f"resume must be auto, null, or a run's folder or checkpoint, not {resume!r}")
     if resume not in ("auto", None):
@@ -82,7 +85,7 @@ def tracked(what: str, *, _root_: DictConfig) -> str:
     group, run = name, f"{name}_seed{seed}"
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         group = os.path.relpath(HydraConfig.get().sweep.dir, runs_dir)
-        run = HydraConfig.get().job.override_dirname or run
+        run = f"{run}_job{HydraConfig.get().job.num}"
     return {"group": group, "run": run}[what][:128]  # W&B takes no more
 
 

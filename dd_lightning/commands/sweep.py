@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.resolvers import NOT_COMPUTED_FROM, SWEEP_FOLDER
 from dd_lightning.system.atomic import write_json
+from dd_lightning.system.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
     (folder / FAILED).unlink(missing_ok=True)
     try:
         value = task(cfg)
+    except Interrupted as stop:
+        hand_back(stop)
+        raise
     except Exception as error:
         log.error(f"failed: {explain(error)}", exc_info=bool(cfg.get("traceback") or os.environ.get("DD_TRACEBACK")))
         write_json(folder / FAILED, {"overrides": overrides, "error": explain(error)})
@@ -58,6 +63,12 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
     write_json(folder / FINISHED, {"settings": settings, "value": value})
     _taken.append(time.monotonic() - started)
     return value
+
+
+def hand_back(stop: Interrupted) -> None:
+    """Lets submitit, whose signal ended a job that is saved now, queue the job again."""
+    if "SUBMITIT_EXECUTOR" in os.environ and stop.number is not None:
+        signal.raise_signal(stop.number)
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Interrupted(SystemExit):
 
     def __init__(self, number: int | None, message: str) -> None:
         super().__init__(OVER if number is None else 128 + number)
+        self.number = number
         by = "trainer.max_time" if number is None else signal.Signals(number).name
         self.message = f"interrupted by {by} {message}".strip()
 

@@ -6,6 +6,7 @@ from dd_lightning.training.debugging import OneMinibatch, Profile
 from dd_lightning.training.growing import Growing
 from dd_lightning.training.loggers import CSVLogger
 from dd_lightning.training.progress import progress
+from dd_lightning.training.pruning import Pruning
 from dd_lightning.training.resuming import ResumeCheckpoint
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "OneMinibatch",
     "Profile",
     "ProgressBar",
+    "Pruning",
     "ResumeCheckpoint",
     "progress",
 ]

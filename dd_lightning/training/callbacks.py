@@ -69,9 +69,7 @@ class HeldOutEvaluation(Callback):
             return
         assert isinstance(pl_module, DatasetDistiller)
         data: RealData = trainer.datamodule  # type: ignore[attr-defined]
-        result = self._evaluate(
-            pl_module, pl_module.distilled, data, data.validation, self.networks, Stream.HELD_OUT_VALIDATION
-        )
+        result = self.validate(pl_module, data, self.networks)
         metrics = result.metrics("heldout")
         # Every process has the gathered result, and loggers want it now, whatever their interval.
         pl_module.log("heldout/accuracy_mean", result.mean, prog_bar=True, logger=False)
@@ -85,6 +83,10 @@ class HeldOutEvaluation(Callback):
         # A whole run is one epoch, at whose end an early stop would come too late.
         for stopping in trainer.early_stopping_callbacks:
             stopping.on_train_epoch_end(trainer, pl_module)
+
+    def validate(self, module: DatasetDistiller, data: RealData, networks: int) -> HeldOutResult:
+        """Accuracy of so many networks on validation pictures, by which the distilled data are chosen."""
+        return self._evaluate(module, module.distilled, data, data.validation, networks, Stream.HELD_OUT_VALIDATION)
 
     def test(self, module: DatasetDistiller, distilled: DistilledData, data: RealData) -> HeldOutResult:
         """Accuracy on the test set; called once, when the distilled data are final."""

@@ -1,0 +1,133 @@
+"""A search with Optuna: a study in the sweep's folder that goes on where it was stopped; its best as an experiment."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dd_lightning.system.atomic import atomic_path, write_bytes
+from dd_lightning.system.locking import locked
+
+CONF = next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if p.is_dir())
+
+# What the command line may say otherwise when a search goes on.
+APART = ("sweep", "hydra", "runs_dir", "data_dir", "populations_dir", "traceback", "threads", "logger")
+GIVEN = "command line"
+
+
+class Search(Callback):
+    """Before an Optuna sweep, leaves it the trials that are missing; after it, writes what was found.
+
+    A trial that was stopped in the middle is run first, in its folder, where it goes on.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        import optuna
+        from optuna.trial import TrialState
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = ExitStack()
+        try:
+            self._lock.enter_context(locked(folder / ".lock"))
+        except BlockingIOError:
+            refuse(f"this search is going on already in {folder}")
+        study = optuna.create_study(
+            storage=sweeper.storage, study_name=sweeper.study_name, direction="maximize", load_if_exists=True
+        )
+        given = sorted(o for o in config.hydra.overrides.task if key(o) not in APART)
+        if (there := study.user_attrs.get(GIVEN, given)) != given:
+            refuse(
+                f"the search in {folder} is of other settings: {' '.join(there)}; give it a name of its own, name=NAME"
+            )
+        study.set_user_attr(GIVEN, given)
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study._storage.set_trial_state(trial._trial_id, TrialState.WAITING)
+        finished = sum(trial.state.is_finished() for trial in study.trials)
+        with open_dict(config):
+            sweeper.n_trials = max(sweeper.n_trials - finished, 0)
+            if sweeper.sampler.get("seed") is not None:
+                sweeper.sampler.seed += finished  # or the same settings would be drawn again
+        print(f"{finished} of {finished + sweeper.n_trials} trials are finished", flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        import optuna
+
+        folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
+        study = optuna.load_study(storage=sweeper.storage, study_name=sweeper.study_name)
+        done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+        self._lock.close()
+        if not done:
+            return
+        choices = config.hydra.runtime.choices
+        about = f"Best of {len(study.trials)} trials of {config.name}: {study.best_value:.2f} % on validation pictures."
+        given = [o for o in config.hydra.overrides.task if key(o) not in (*APART, "experiment", "name")]
+        text = experiment(
+            choices.get("experiment"), [*given, *(f"{k}={v}" for k, v in study.best_params.items())], about
+        )
+        write_bytes(folder / "experiment" / "best.yaml", text.encode())
+        draw(study, folder / "search.png")
+        where = os.path.relpath(folder)
+        print(
+            f"{about}\ndd-distill --config-dir {where} experiment=best    # {where}/search.png: all trials", flush=True
+        )
+
+
+def refuse(message: str) -> None:
+    """Ends the command: an exception of a callback would be caught, and the sweep started."""
+    sys.exit(f"dd-distill: error: {message}")
+
+
+def key(override: str) -> str:
+    """The group of settings that an override is of."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0].partition("/")[0]
+
+
+def experiment(base: str | None, overrides: list[str], about: str) -> str:
+    """An experiment's file: `base` with what the overrides say."""
+    defaults: list[Any] = [] if base is None else [base]
+    settings = OmegaConf.create()
+    for one in OverridesParser.create().parse_overrides(overrides):
+        if (CONF / one.key_or_group).is_dir():
+            defaults.append({f"override /{one.key_or_group}": one.value()})
+        else:
+            OmegaConf.update(settings, one.key_or_group, one.value())
+    settings.name = f"{base or 'search'}_best"
+    content = {"defaults": [*defaults, "_self_"], **OmegaConf.to_container(settings)}  # type: ignore[dict-item]
+    return f"# @package _global_\n# {about}\n{yaml.safe_dump(content, sort_keys=False)}"
+
+
+def draw(study: Any, path: Path) -> None:
+    """Accuracy of every trial and the best so far; and how much each setting matters."""
+    import optuna
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")
+    history, importance = fig.subplots(1, 2)
+    trials = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    history.plot([t.number for t in trials], [t.value for t in trials], "o", label="trials")
+    history.step([t.number for t in trials], list(best_so_far(trials)), where="post", label="best so far")
+    history.set(xlabel="trial", ylabel="validation accuracy in %")
+    history.legend(loc="lower right")
+    if len(trials) > 1 and len({t.value for t in trials}) > 1:
+        evaluator = optuna.importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        importance.barh(list(shares)[::-1], list(shares.values())[::-1])
+    importance.set(xlabel="share of the differences explained", xlim=(0, 1))
+    with atomic_path(path) as temporary:
+        fig.savefig(temporary)
+
+
+def best_so_far(trials: list[Any]) -> Iterator[float]:
+    best = float("-inf")
+    for trial in trials:
+        best = max(best, trial.value)
+        yield best
