@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types install clean
+.PHONY: help demo doctor test test-all lint types install clean
 
 help: ## list all targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: install ## distil ten images from embedded digits, half a minute
 	$(BIN)/dd-distill experiment=demo
+
+doctor: install ## say what is installed, what is there and what is broken, for a bug report
+	$(BIN)/dd-doctor
 
 test: install ## run the tests (a few minutes)
 	$(BIN)/pytest -n auto

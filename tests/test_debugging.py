@@ -123,6 +123,14 @@ def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(run, tmp_path,
     assert "max_steps=100" in rows["trainer"]
 
 
+def test_a_dry_run_that_is_refused_leaves_nothing_either(run):
+    code, error, folder = run("distill", *TOY, "dry_run=true", "distilled.steps=0")
+    assert (code, folder) == (1, None)
+    assert "distilled: steps must" in error
+    assert not list(Path(tempfile.gettempdir()).glob(f"dd_dry_run_{os.getpid()}*"))
+    assert "dry_run must be true or false, not 1" in run("distill", *TOY, "dry_run=1")[1]
+
+
 def test_a_dry_run_is_of_one_run(run):
     code, error, _ = run("distill", "-m", *TOY, "dry_run=true", "seed=1,2", "init=fixed")
     assert code == 1

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.build import build_data, build_distiller, build_loggers
-from dd_lightning.commands.dry_run import tell_cost
+from dd_lightning.commands.dry_run import nothing_kept, tell_cost
 from dd_lightning.commands.errors import check_resolved, named
 from dd_lightning.commands.launch import command
 from dd_lightning.commands.relaunch import started_alike
@@ -41,7 +41,7 @@ def distill(cfg: DictConfig) -> float:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_writable(folder)
-    with nullcontext() if rank() else alone(folder), started_alike(folder):
+    with nothing_kept(cfg), nullcontext() if rank() else alone(folder), started_alike(folder):
         return run(cfg, folder)
 
 
@@ -56,7 +56,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     with named("optimizer, schedule"):
         check_outer(distiller)
     if cfg.dry_run:
-        return tell_cost(cfg, distiller, data, folder)
+        return tell_cost(cfg, distiller, data)
     checkpoint = find_checkpoint(cfg.resume, folder)
     trainer = build_trainer(cfg, folder, distiller, checkpoint)
     try:

@@ -1,7 +1,9 @@
 """dry_run=true: what a run would do, and what it would take."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 from rich.table import Table
 
+from dd_lightning.commands.resolvers import dry_folder
 from dd_lightning.data import RealData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.system.progress import duration
@@ -19,26 +22,37 @@ from dd_lightning.training.callbacks import HeldOutEvaluation
 from dd_lightning.training.foretelling import MEASURED, Foretold, foretell
 
 
-def tell_cost(cfg: DictConfig, distiller: DatasetDistiller, data: RealData, folder: Path) -> float:
-    """Prints the composed configuration and the cost of its run, of which nothing stays.
+@contextmanager
+def nothing_kept(cfg: DictConfig) -> Iterator[None]:
+    """Of a dry run in the block nothing is kept.
+
+    Raises:
+        ValueError: it is in a sweep, or `dry_run` is neither true nor false.
+    """
+    if not isinstance(cfg.dry_run, bool):
+        raise ValueError(f"dry_run must be true or false, not {cfg.dry_run!r}")
+    if cfg.dry_run and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("dry_run=true is for one run; leave it out of a sweep")
+    try:
+        yield
+    finally:
+        if cfg.dry_run:
+            shutil.rmtree(dry_folder(), ignore_errors=True)
+
+
+def tell_cost(cfg: DictConfig, distiller: DatasetDistiller, data: RealData) -> float:
+    """Prints the composed configuration and the cost of its run.
 
     Returns:
         How many seconds the run would take.
-
-    Raises:
-        ValueError: in a sweep.
     """
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError("dry_run=true is for one run; leave it out of a sweep")
     held_out = instantiate(cfg.callbacks.held_out) if cfg.callbacks and cfg.callbacks.get("held_out") else None
     assert held_out is None or isinstance(held_out, HeldOutEvaluation)
-    try:
-        get_console().print(composed(cfg))
-        trainer = instantiate(cfg.trainer, _partial_=True)
-        foretold = foretell(trainer, cfg.trainer.max_steps, distiller, data, held_out, folder)
-        get_console().print(cost(foretold, distiller.distilled.stored_numbers))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    get_console().print(composed(cfg))
+    trainer = instantiate(cfg.trainer, _partial_=True)
+    with tempfile.TemporaryDirectory() as folder:
+        foretold = foretell(trainer, cfg.trainer.max_steps, distiller, data, held_out, Path(folder))
+    get_console().print(cost(foretold, distiller.distilled.stored_numbers))
     return foretold.seconds
 
 

@@ -48,6 +48,8 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     if old := re.search(rf"Error lo\w+ (?:target )?'dd_lightning\.({'|'.join(MOVED)})\.(\w+)'", message):
         room = "sources" if old[1] == "baselines" and old[2][0].islower() else MOVED[old[1]]
         message = f"dd_lightning.{old[1]}.{old[2]} is of an older layout; it is dd_lightning.{room}.{old[2]} now"
+    if "Could not find 'hydra/sweeper/optuna'" in message:
+        message = "Optuna is not installed: pip install -e '.[optuna]'"
     extra = re.search(r"unexpected keyword argument '(\w+)'", message)
     if prefix and extra:  # such as what an experiment sets for another option of this group
         message += f"; leave it out with ~{prefix.removesuffix(': ')}.{extra[1]}"

@@ -42,8 +42,8 @@ def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
     if RUN_FOLDER in os.environ:
         return os.environ[RUN_FOLDER]
     check_name(name=_root_.get("name"))
-    if _root_.get("dry_run"):  # of which nothing stays
-        return str(Path(tempfile.gettempdir(), f"dd_dry_run_{os.getpid()}"))
+    if _root_.get("dry_run") is True:
+        return str(dry_folder())
     if resume is not None and not isinstance(resume, str):
         raise ValueError(f"resume must be auto, null, or a run's folder or checkpoint, not {resume!r}")
     if resume not in ("auto", None):
@@ -56,6 +56,11 @@ def run_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
         time.sleep(0.5)
         found = unfinished(Path(new).parent, ending)
     return str(found[-1]) if found else f"{new}_{ending}"
+
+
+def dry_folder() -> Path:
+    """Where a dry run of this process writes; of which nothing stays."""
+    return Path(tempfile.gettempdir(), f"dd_dry_run_{os.getpid()}")
 
 
 def sweep_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:

@@ -55,7 +55,7 @@ class Search(Callback):
         with open_dict(config):
             sweeper.n_trials = max(sweeper.n_trials - finished, 0)
             if sweeper.sampler.get("seed") is not None:
-                sweeper.sampler.seed += finished  # or the same settings would be drawn again
+                sweeper.sampler.seed += len(study.trials)  # or the same settings would be drawn again
         print(f"{finished} of {finished + sweeper.n_trials} trials are finished", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
