@@ -18,7 +18,7 @@ from dd_lightning.commands.launch import CONF
 def test_a_job_that_submitit_ends_is_queued_again_and_goes_on(tmp_path, packed):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     packed()
-    line = ("seed=1", "init=fixed", "unroll=functional", "trainer.max_steps=600", "callbacks.held_out.every=600")
+    line = ("seed=1", "init=fixed", "unroll=functional", "trainer.max_steps=200", "callbacks.held_out.every=200")
     line += ("callbacks.resume.every=20", "hydra.sweep.dir=runs/sweep", "hydra/launcher=submitit_local")
     command = [sys.executable, "-m", "dd_lightning.commands.distill", "-m", *TOY, *line]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(CONF.parent)])}
@@ -33,8 +33,8 @@ def test_a_job_that_submitit_ends_is_queued_again_and_goes_on(tmp_path, packed):
         os.kill(int(worker), signal.SIGUSR2)  # as submitit and SLURM do before a job's time is over
         _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
-    told = "".join(path.read_text() for path in tmp_path.glob("runs/sweep/.submitit/*/*.err"))
+    told = "".join(path.read_text() for path in tmp_path.glob("runs/sweep/.submitit/*/*_log.*"))
     assert f"Requeued job {job}" in told
     log = (tmp_path / "runs" / "sweep" / "0" / "dd-distill.log").read_text()
     assert "going on from outer step" in log
-    assert json.loads((tmp_path / "runs" / "sweep" / "0" / "result.json").read_text())["outer_steps"] == 600
+    assert json.loads((tmp_path / "runs" / "sweep" / "0" / "result.json").read_text())["outer_steps"] == 200
