@@ -66,7 +66,7 @@ def composed(cfg: DictConfig) -> Table:
     plain = {key: value for key, value in resolved.items() if not isinstance(value, dict)}
     for group, content in resolved.items():
         if isinstance(content, dict):
-            table.add_row(str(group), str(choices.get(group) or ""), in_words(content))
+            table.add_row(str(group), choices.get(str(group)) or "", in_words(content))
     table.add_row("", choices.get("experiment") or "", in_words(plain))
     return table
 

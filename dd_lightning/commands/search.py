@@ -1,5 +1,6 @@
 """A search with Optuna: a study in the sweep's folder that goes on where it was stopped; its best as an experiment."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dd_lightning.commands.launch import CONF
 from dd_lightning.system.atomic import atomic_path, write_bytes
 from dd_lightning.system.locking import locked
-
-CONF = next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if p.is_dir())
 
 # What the command line may say otherwise when a search goes on.
 APART = ("sweep", "hydra", "runs_dir", "data_dir", "populations_dir", "traceback", "threads", "logger")
@@ -29,10 +29,10 @@ class Search(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        import optuna
-        from optuna.trial import TrialState
+        import optuna  # type: ignore[import-not-found]
+        from optuna.trial import TrialState  # type: ignore[import-not-found]
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(logging.WARNING)
         folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = ExitStack()
@@ -59,7 +59,7 @@ class Search(Callback):
         print(f"{finished} of {finished + sweeper.n_trials} trials are finished", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        import optuna
+        import optuna  # type: ignore[import-not-found]
 
         folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
         study = optuna.load_study(storage=sweeper.storage, study_name=sweeper.study_name)
@@ -107,7 +107,7 @@ def experiment(base: str | None, overrides: list[str], about: str) -> str:
 
 def draw(study: Any, path: Path) -> None:
     """Accuracy of every trial and the best so far; and how much each setting matters."""
-    import optuna
+    import optuna  # type: ignore[import-not-found]
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import ProgressBar as LightningBar
 from rich import get_console
 
 from dd_lightning.system.checks import check_positive
@@ -17,7 +18,7 @@ def progress(seconds: float = SECONDS) -> Callback:
     return ProgressBar() if get_console().is_terminal else plain
 
 
-class PlainProgress(pl.callbacks.ProgressBar):
+class PlainProgress(LightningBar):
     """Prints outer steps, time left, loss and held-out accuracy.
 
     Args:

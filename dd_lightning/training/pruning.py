@@ -32,9 +32,9 @@ class Pruning(Callback):
 
     def _find(self) -> Any:
         """The trial that runs with these settings."""
-        import optuna
+        import optuna  # type: ignore[import-not-found]
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(logging.WARNING)
         storage, name = self._place
         # This process asks for no settings, whichever sampler does.
         sampler = optuna.samplers.RandomSampler()
