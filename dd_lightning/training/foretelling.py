@@ -78,25 +78,12 @@ def foretell(
         held_out: the run's evaluation.
     """
     timed = _Timed()
-    trainer = make(
-        max_steps=WARM + MEASURED,
-        devices=1,
-        num_nodes=1,
-        strategy="auto",
-        callbacks=[timed],
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        default_root_dir=str(folder),
-    )
+    alone: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto", "default_root_dir": str(folder)}
+    silent = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = make(max_steps=WARM + MEASURED, callbacks=[timed], **alone, **silent)
     trainer.fit(distiller, datamodule=data)
     device = trainer.strategy.root_device
-    checkpoint, picture, saved = folder / "last.ckpt", folder / "picture.png", folder / "distilled.safetensors"
-    trainer.save_checkpoint(checkpoint)
-    distilled = distiller.distilled.detach()
-    draw(distilled, data.preprocessing, "", picture)
-    distilled.to("cpu").save(saved)
-    sizes = [path.stat().st_size for path in (checkpoint, picture, saved)]
+    checkpoint, picture, saved = _sizes(trainer, distiller, data, folder)
     evaluations, evaluation, test = 0, 0.0, 0.0
     if held_out is not None:
         evaluations = math.ceil(steps / held_out.every)
@@ -111,8 +98,18 @@ def foretell(
         steps=steps,
         evaluations=evaluations,
         memory=peak(device),
-        disk=KEPT * sizes[0] + (evaluations + 1) * sizes[1] + sizes[2],
+        disk=KEPT * checkpoint + (evaluations + 1) * picture + saved,
     )
+
+
+def _sizes(trainer: pl.Trainer, distiller: DatasetDistiller, data: RealData, folder: Path) -> list[int]:
+    """Bytes of a checkpoint, a picture and the distilled data, written into `folder`."""
+    paths = [folder / name for name in ("last.ckpt", "picture.png", "distilled.safetensors")]
+    distilled = distiller.distilled.detach().to("cpu")
+    trainer.save_checkpoint(paths[0])
+    draw(distilled, data.preprocessing, "", paths[1])
+    distilled.save(paths[2])
+    return [path.stat().st_size for path in paths]
 
 
 def _evaluating(
