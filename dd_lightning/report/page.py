@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 
 from dd_lightning.report.field import FieldTable, Matrix
 from dd_lightning.report.figures import Figure
@@ -32,15 +32,8 @@ def page(
         count: of runs that were read.
         trials: how many more were left out.
     """
-    environment = Environment(
-        loader=PackageLoader("dd_lightning.report", "."),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     cells = [cell for table in tables for cell in table.cells.values()]
-    return environment.get_template("page.html").render(
+    return template().render(
         tables=tables,
         figures=figures,
         field=field,
@@ -60,6 +53,17 @@ def page(
         trials=trials,
         version=version("dd_lightning"),
     )
+
+
+def template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("dd_lightning.report", "."),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
 
 
 def networks(figure: Figure) -> str:
