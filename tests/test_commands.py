@@ -171,8 +171,9 @@ def smaller(experiment):
     if experiment.startswith(("any_", "rat_", "grow_", "bases_")):
         made += ["order.inner_steps=4", "order.images_per_class=1", "distilled.images_per_class=2"]
         made += [] if experiment == "bases_cifar10_1" else ["window.length=2"]
-    if "cifar" in experiment and made:
-        made += ["network.width=4", "dataset.image_size=16"]
+    if made and "lenet" not in experiment and "alexcifarnet" not in experiment and not experiment.startswith("grow_"):
+        made += ["network.width=4"]
+        made += ["dataset.image_size=16"] if "cifar" in experiment else []
     if experiment.startswith("grow_"):
         made += ["trainer.max_steps=4", "grow.stages=[1,2,3,4]"]  # one outer step a stage
     if experiment == "soft_cifar10_fixed_100":
