@@ -160,7 +160,7 @@ def test_results_say_how_many_networks_tested_and_chose(run, use, tmp_path):
     found = result["validation" if "split=validation" in use else "test"]
     assert (found["networks"], found["networks_chose"], result["use"].get("pictures_chose")) == COUNTED[use]
     log = (folder / "dd-evaluate.log").read_text()
-    assert (f"from {found['networks']} network(s)" in log) == (found["networks"] is not None)
+    assert (f"from {found['networks']} networks" in log) == (found["networks"] is not None)
     assert (f"chosen with {found['networks_chose']}" in log) == (found["networks_chose"] is not None)
     assert ("chosen on 50 training pictures and 2 network(s): 2 of 3 sets" in log) == ("keep" in use)
 

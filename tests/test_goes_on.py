@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +115,8 @@ def test_the_bar_begins_where_the_run_goes_on_and_fits_a_terminal(run, monkeypat
         widths.append(len([row for row in self.progress.console.render_lines(table, options) if row]))
 
     monkeypatch.setattr(ProgressBar, "_update_metrics", noted)
+    terminal = SimpleNamespace(is_terminal=True)
+    monkeypatch.setattr(sys.modules["dd_lightning.training.progress"], "get_console", lambda: terminal)
     if more:
         folder = run("distill", *SHORT)[2]
     else:

@@ -110,7 +110,7 @@ def tested(content: bytes, networks: int) -> dict[str, Any]:
         path.write_bytes(content)
         line = [sys.executable, "-m", "dd_lightning.commands.evaluate", f"distilled.path={path}"]
         subprocess.run([*line, f"networks={networks}", f"hydra.run.dir={folder}/test"], check=True)
-        return json.loads((Path(folder) / "test" / "result.json").read_text())["test"]
+        return json.loads((Path(folder) / "test" / "result.json").read_text(encoding="utf-8"))["test"]
 
 
 main = command("gallery")

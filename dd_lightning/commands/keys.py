@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from dd_lightning.commands.resolvers import task_overrides
 from dd_lightning.system.checks import nearest
 
 
@@ -36,7 +37,8 @@ def check_known(cfg: DictConfig, conf: Path, config_name: str) -> None:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     read = top_level(conf, config_name) | set(re.findall(r"\$\{(?:oc\.select:)?(\w+)", str(plain)))
-    for key in plain.keys() - read:
+    said = {o.lstrip("+").partition("=")[0].partition(".")[0] for o in task_overrides()}
+    for key in (plain.keys() - read) & said:  # what rows of tables set is for their columns
         known = [name for name in names_of(plain) if name.partition(".")[0] in read]
         raise ValueError(f"{key} is no setting of dd-{config_name}{nearest(key, known)}")
     check_taken(plain)

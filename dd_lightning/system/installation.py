@@ -49,7 +49,7 @@ def machine() -> Found:
     text = f"{cores} core(s) for this process of {os.cpu_count()}, load {load:.1f}"
     info = Path("/proc/meminfo")
     if info.exists():
-        kib = dict(re.findall(r"(\w+):\s+(\d+) kB", info.read_text()))
+        kib = dict(re.findall(r"(\w+):\s+(\d+) kB", info.read_text(encoding="utf-8")))
         text += f"; {int(kib['MemAvailable']) / 2**20:.1f} of {int(kib['MemTotal']) / 2**20:.1f} GiB of memory free"
     busy = load > (os.cpu_count() or 1)
     return (NOTE, text + "; busy, where threads=1 is often fastest") if busy else (OK, text)

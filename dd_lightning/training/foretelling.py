@@ -1,7 +1,6 @@
 """What a run will take, measured on a few of its outer steps: time, memory and disk."""
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -128,6 +127,8 @@ def peak(device: torch.device) -> int:
     """The most bytes so far: of a GPU's tensors, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

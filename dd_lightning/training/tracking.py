@@ -69,7 +69,7 @@ def beside_database(address: str) -> str | None:
 
 def read(path: Path) -> str | None:
     """The line in a file, if it is there."""
-    return path.read_text().strip() or None if path.is_file() else None
+    return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
 
 
 def log_distilled(loggers: Iterable[Logger], folder: Path, card: dict[str, Any]) -> None:
