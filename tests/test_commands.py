@@ -132,7 +132,10 @@ def test_pretrain_then_poison_then_evaluate(run, kind, tmp_path):
     assert json.loads((again / "result.json").read_text())["test"] == test
 
 
-FEW_SHOT = "use=few_shot_adaptation +dataset@source=packed source.path=toy.npz source.validation=10 use.steps=[1,2]"
+FEW_SHOT = (
+    "use=few_shot_adaptation +dataset@source=packed source.path=toy.npz source.validation=10 "
+    "use.steps=[1,2] use.discriminator_steps=5"
+)
 COUNTED = {  # networks tested, networks and pictures that chose
     "use=training": (4, None, None),
     "use=grid use.epochs=[1,2] use.learning_rates=[0.1,0.3] use.pictures=2": (4, 2, 8),
