@@ -315,7 +315,8 @@ def test_an_env_file_is_read_from_the_folder_of_the_command(tmp_path, toy):
     environment = {k: v for k, v in os.environ.items() if k != "DD_RUNS_DIR"}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-m", "dd_lightning.commands.distill", *SHORT, "logger=tensorboard"]
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "TPU" not in said.stdout + said.stderr  # of what Lightning tells of itself
     (folder,) = (tmp_path / "elsewhere" / "distill").iterdir()
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 

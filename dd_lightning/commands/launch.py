@@ -88,6 +88,8 @@ def imported(config_name: str, cfg: DictConfig) -> Any:
 
     tune_cpu()
     module = import_module(f"dd_lightning.commands.{config_name}")
+    for name in ("pytorch_lightning", "lightning_fabric"):  # which set a level of their own when they are imported
+        logging.getLogger(name).setLevel(logging.WARNING)
     check_known(cfg, CONF, config_name)
     return getattr(module, config_name)(cfg)
 
