@@ -174,7 +174,8 @@ def smaller(experiment):
     if experiment.startswith(("any_", "rat_", "grow_", "bases_")):
         made += ["order.inner_steps=4", "order.images_per_class=1", "distilled.images_per_class=2"]
         made += [] if experiment == "bases_cifar10_1" else ["window.length=2"]
-    if made and "lenet" not in experiment and "alexcifarnet" not in experiment and not experiment.startswith("grow_"):
+    of_convnets = experiment.startswith(("any_", "rat_", "bases_cifar"))
+    if of_convnets and "lenet" not in experiment and "alexcifarnet" not in experiment:
         made += ["network.width=4"]
         made += ["dataset.image_size=16"] if "cifar" in experiment else []
     if experiment.startswith("grow_"):

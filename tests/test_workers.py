@@ -60,4 +60,6 @@ def test_an_error_ends_the_others():
     workers = Workers(2)
     with pytest.raises(FloatingPointError, match="the loss is nan"), workers:
         workers.map("fails", first_fails, PIECES)
+    for process in multiprocessing.active_children():  # of an earlier test, perhaps
+        process.join(timeout=60)
     assert not multiprocessing.active_children()

@@ -76,6 +76,7 @@ def written(source: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -
     """A file with the card of `source` and more on it."""
     with safetensors.safe_open(source, framework="pt") as file:
         card = json.loads(file.metadata()["card"])
+    card.get("dataset", {}).pop("data_dir", None)  # of the machine that made it
     return save({name: value.contiguous() for name, value in tensors.items()}, {"card": json.dumps(card | entries)})
 
 
