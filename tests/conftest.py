@@ -12,8 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dd_lightning.data import Packed, RealData
+from dd_lightning.evaluation import Evaluation, Learner
+from dd_lightning.init import RandomInit
 from dd_lightning.init.population import Population
 from dd_lightning.networks import class_name, stack
+from dd_lightning.objectives import Classification
+from dd_lightning.system.workers import Workers
+from dd_lightning.unroll import FunctionalUnroll
 
 torch.set_num_threads(1)
 
@@ -155,3 +161,18 @@ def run(tmp_path, monkeypatch, capfd):
         return code, message + capfd.readouterr().err, new[-1].resolve() if new else None
 
     return call
+
+
+@pytest.fixture
+def data(packed):
+    """Real data of small pictures."""
+    result = RealData(Packed(str(packed(size=6)), validation=12), batch_size=16)
+    result.setup()
+    return result
+
+
+@pytest.fixture
+def evaluation(data):
+    """Of a few small networks."""
+    learner = Learner(SmallNet(), RandomInit(seed=3), FunctionalUnroll(), data.preprocessing, Classification())
+    return Evaluation(learner, data, Workers(), networks=4)

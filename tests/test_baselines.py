@@ -26,19 +26,6 @@ from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import FunctionalUnroll
 
 
-@pytest.fixture
-def data(packed):
-    result = RealData(Packed(str(packed(size=6)), validation=12), batch_size=16)
-    result.setup()
-    return result
-
-
-@pytest.fixture
-def evaluation(data):
-    learner = Learner(SmallNet(), RandomInit(seed=3), FunctionalUnroll(), data.preprocessing, Classification())
-    return Evaluation(learner, data, Workers(), networks=4)
-
-
 def is_one_of(image, pictures):
     return (pictures - image).flatten(1).abs().amax(1).min() < 1e-6
 

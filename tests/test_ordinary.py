@@ -10,29 +10,14 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from torch import nn
 
-from dd_lightning.data import FlipRotate, Packed, RealData, Siamese, Unchanged
+from dd_lightning.data import FlipRotate, Siamese, Unchanged
 from dd_lightning.distilled import DistilledData
-from dd_lightning.evaluation import Evaluation, Learner, Ordinary, Training, fresh
+from dd_lightning.evaluation import Ordinary, Training, fresh
 from dd_lightning.evaluation.scores import scores
-from dd_lightning.init import FixedInit, RandomInit
-from dd_lightning.objectives import Classification
+from dd_lightning.init import FixedInit
 from dd_lightning.sources import Sets, average_real, random_real, real_images
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.workers import Workers
-from dd_lightning.unroll import FunctionalUnroll
-
-
-@pytest.fixture
-def data(packed):
-    result = RealData(Packed(str(packed(size=6)), validation=12), batch_size=16)
-    result.setup()
-    return result
-
-
-@pytest.fixture
-def evaluation(data):
-    learner = Learner(SmallNet(), RandomInit(seed=3), FunctionalUnroll(), data.preprocessing, Classification())
-    return Evaluation(learner, data, Workers(), networks=4)
 
 
 class ConvOnly(nn.Module):

@@ -9,16 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load_file
 
 from dd_lightning.commands.launch import command
 from dd_lightning.distilled import DistilledData
-from dd_lightning.system.atomic import write_bytes
 from dd_lightning.system.checks import check_name
 from dd_lightning.system.gallery import GALLERY, PREFIX, entries, narrowed
+from dd_lightning.system.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -56,28 +54,23 @@ def add(run: Path, name: str, commit: str | None) -> None:
     card = DistilledData.load(source).card
     if "accuracy" not in card:
         raise ValueError(f"{run} was not tested")
-    tensors = load_file(source)
-    for bits, stored in (("16", narrowed(tensors)), ("32", tensors)):
-        content = written(source, stored, {"gallery": known | {"bits": bits}})
-        test = tested(content, card["accuracy"]["networks"])
-        lost = card["accuracy"]["accuracy_mean"] - test["accuracy_mean"]
-        log.info(f"{name} in {bits} bits, {len(content):,} bytes: {test['accuracy_mean']:.2f} % ({-lost:+.2f})")
-        if lost <= LOST:
-            break
-    else:
-        raise ValueError(f"{run} is tested otherwise than when it was made; see the numbers above")
-    others = sum(path.stat().st_size for path in GALLERY.glob("*.safetensors") if path.stem != name)
-    if others + len(content) > LIMIT:
-        raise ValueError(f"the gallery would be larger than {LIMIT:,} bytes")
-    write_bytes(GALLERY / f"{name}.safetensors", written(source, stored, {"gallery": known, "accuracy": test}))
-
-
-def written(source: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> bytes:
-    """A file with the card of `source` and more on it."""
-    with safetensors.safe_open(source, framework="pt") as file:
-        card = json.loads(file.metadata()["card"])
     card.get("dataset", {}).pop("data_dir", None)  # of the machine that made it
-    return save({name: value.contiguous() for name, value in tensors.items()}, {"card": json.dumps(card | entries)})
+    tensors = load_file(source)
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, stored in (("16", narrowed(tensors)), ("32", tensors)):
+            path = Path(folder, f"{bits}.safetensors")
+            write_tensors(path, stored, card)
+            size, test = path.stat().st_size, tested(path, card["accuracy"]["networks"])
+            lost = card["accuracy"]["accuracy_mean"] - test["accuracy_mean"]
+            log.info(f"{name} in {bits} bits, {size:,} bytes: {test['accuracy_mean']:.2f} % ({-lost:+.2f})")
+            if lost <= LOST:
+                break
+        else:
+            raise ValueError(f"{run} is tested otherwise than when it was made; see the numbers above")
+    others = sum(path.stat().st_size for path in GALLERY.glob("*.safetensors") if path.stem != name)
+    if others + size > LIMIT:
+        raise ValueError(f"the gallery would be larger than {LIMIT:,} bytes")
+    write_tensors(GALLERY / f"{name}.safetensors", stored, card | {"gallery": known, "accuracy": test})
 
 
 def made_by(run: Path) -> dict[str, Any]:
@@ -104,14 +97,12 @@ def head() -> str:
     return done.stdout.strip()
 
 
-def tested(content: bytes, networks: int) -> dict[str, Any]:
-    """What `dd-evaluate` finds for a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "distilled.safetensors"
-        path.write_bytes(content)
-        line = [sys.executable, "-m", "dd_lightning.commands.evaluate", f"distilled.path={path}"]
-        subprocess.run([*line, f"networks={networks}", f"hydra.run.dir={folder}/test"], check=True)
-        return json.loads((Path(folder) / "test" / "result.json").read_text(encoding="utf-8"))["test"]
+def tested(path: Path, networks: int) -> dict[str, Any]:
+    """What `dd-evaluate` finds for a file; it writes beside it."""
+    folder = path.with_suffix("")
+    line = [sys.executable, "-m", "dd_lightning.commands.evaluate", f"distilled.path={path}"]
+    subprocess.run([*line, f"networks={networks}", f"hydra.run.dir={folder}"], check=True)
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]
 
 
 main = command("gallery")

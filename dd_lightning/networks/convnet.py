@@ -5,14 +5,9 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dd_lightning.networks.norms import NORMS
 from dd_lightning.system.checks import check_choice, check_count
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "instance": lambda width: nn.GroupNorm(width, width),
-    "group": lambda width: nn.GroupNorm(4, width),
-    "layer": lambda width: nn.GroupNorm(1, width),
-    "none": lambda width: nn.Identity(),
-}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
 POOLINGS: dict[str, Callable[[int], nn.Module]] = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 

@@ -4,8 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from dd_lightning.networks.convnet import NORMS
-from dd_lightning.system.checks import check_choice, check_count
+from dd_lightning.networks.norms import NORMS, check_normed
 
 
 class ResNet18(nn.Module):
@@ -31,10 +30,7 @@ class ResNet18(nn.Module):
         norm: str = "instance",
     ) -> None:
         super().__init__()
-        check_count(width=width)
-        check_choice("norm", norm, NORMS)
-        if width % 4:
-            raise ValueError(f"width must be a multiple of 4, not {width}")
+        check_normed(width, norm)
         if image_size < 16:
             raise ValueError(f"ResNet18 needs images of at least 16 pixels, not {image_size}")
         of_stages = [width, 2 * width, 4 * width, 8 * width]

@@ -3,8 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dd_lightning.networks.convnet import NORMS
-from dd_lightning.system.checks import check_choice, check_count
+from dd_lightning.networks.norms import NORMS, check_normed
 
 BLOCKS = ((1,), (2,), (4, 4), (8, 8), (8, 8))  # of each block the convolutions, in multiples of the width
 
@@ -34,10 +33,7 @@ class VGG11(nn.Module):
         norm: str = "instance",
     ) -> None:
         super().__init__()
-        check_count(width=width)
-        check_choice("norm", norm, NORMS)
-        if width % 4:
-            raise ValueError(f"width must be a multiple of 4, not {width}")
+        check_normed(width, norm)
         padding = 3 if image_size == 28 else 1
         side = (image_size + 2 * (padding - 1)) // 2 ** len(BLOCKS)
         if side < 1:
