@@ -33,6 +33,13 @@ CARD_GROUPS = ("dataset", "whitening", "network", "init", "objective", "inner", 
 # A run may go on from a checkpoint only if these agree: they decide what is computed.
 COMPUTED_FROM = (*CARD_GROUPS, "distilled", "optimizer", "schedule", "images", "labels", "window", "grow")
 
+# But where files lie, and who reads them.
+NOT_COMPUTED_FROM = (
+    *(f"dataset.{key}" for key in ("data_dir", "workers", "cache_gb")),
+    "whitening.folder",
+    "init.populations_dir",
+)
+
 
 def build_data(cfg: DictConfig, whitening: Whitening | None = None) -> RealData:
     """The real data, loaded; their form is then known to the rest of the configuration (`${dataset.channels}` …).
@@ -166,6 +173,7 @@ def make_card(cfg: DictConfig, data: RealData) -> dict[str, Any]:
     }
     return card | {
         "classes": data.num_classes,
+        **({} if data.class_names is None else {"class_names": data.class_names}),
         "preprocessing": data.preprocessing.as_dict(),
         "seed": cfg.seed,
         "versions": versions(),
@@ -180,6 +188,6 @@ def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
         if cfg[group] is not None:
             flat |= {f"{group}.{key}": value for key, value in settings(cfg, group).items()}
             flat[f"{group}._target_"] = cfg[group].get("_target_")
-    for place in ("dataset.data_dir", "whitening.folder", "init.populations_dir"):
-        flat.pop(place, None)
+    for apart in NOT_COMPUTED_FROM:
+        flat.pop(apart, None)
     return flat | {"dataset.content": data.content}

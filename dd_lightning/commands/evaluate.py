@@ -65,7 +65,8 @@ def evaluate(cfg: DictConfig) -> float:
         outcome = use(evaluation, sets)
     if outcome.sets:
         title = f"{cfg.split} accuracy: {outcome.result}"
-        draw(outcome.sets[0], evaluation.data.preprocessing, title, folder / "distilled.png")
+        data = evaluation.data
+        draw(outcome.sets[0], data.preprocessing, title, folder / "distilled.png", data.class_names)
     write_result(cfg, outcome, time.monotonic() - started, folder)
     shutil.rmtree(pieces.parent, ignore_errors=True)
     tell(cfg.split, outcome)

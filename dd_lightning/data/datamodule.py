@@ -11,7 +11,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dd_lightning.data.augmentation import random_crop, random_flip
-from dd_lightning.data.datasets import ImageDataset, Pictures
+from dd_lightning.data.crops import Cut, random_boxes
+from dd_lightning.data.cutting import cut_pictures, cut_steps
+from dd_lightning.data.datasets import ImageDataset
+from dd_lightning.data.pictures import Pictures
+from dd_lightning.data.store import StoredPictures
 from dd_lightning.data.whitening import ZCA
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream, generator
@@ -21,6 +25,8 @@ Batch = tuple[Float[Tensor, "batch c h w"], Int[Tensor, " batch"]]
 
 class RealData(pl.LightningDataModule):
     """Real data, held on the device as uint8 and cut there into normalised, augmented minibatches.
+
+    Photographs are cut by worker processes, and do not lie on the device.
 
     A minibatch depends on `(seed, step)` alone: every device sees the same one, and a resumed run goes on with the
     batch it would have seen. Every epoch runs through all training pictures in a new order, its last batch kept.
@@ -32,7 +38,7 @@ class RealData(pl.LightningDataModule):
         zca: whitens all pictures by those of the training part; None leaves them as they are.
 
     Attributes (after `setup`): `train`, `validation`, `test` (`Pictures`), `preprocessing`, `num_classes`,
-    and `content`, a hash of the pictures and labels.
+    `class_names` (None where classes have numbers alone), and `content`, a hash of the pictures and labels.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int = 1024, seed: int = 0, zca: ZCA | None = None) -> None:
@@ -49,16 +55,13 @@ class RealData(pl.LightningDataModule):
         if self._ready:
             return
         training, self.test, self.preprocessing, self.num_classes = self.dataset.load()
-        self.content = digest(training, self.test)
-        # The validation part is the same for every seed, so that runs can be compared on it.
-        order = torch.randperm(len(training), generator=generator(0, Stream.SPLIT))
-        held_out, rest = order[: self.dataset.validation].sort().values, order[self.dataset.validation :].sort().values
-        self.validation = Pictures(training.images[held_out], training.labels[held_out])
-        self.train = Pictures(training.images[rest], training.labels[rest])
+        self.class_names = self.dataset.class_names
+        self.content = self.dataset.content or digest(training, self.test)
+        self.train, self.validation = self.dataset.parts(training)
         empty = torch.bincount(self.train.labels, minlength=self.num_classes).eq(0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"data set {self.dataset.name}: class {empty[0]} has no training picture left beside the "
+                f"data set {self.dataset.name}: class {self.name_of(empty[0])} has no training picture left beside the "
                 f"validation part; lower dataset.validation={self.dataset.validation} (0: the training part)"
             )
         if not self.dataset.validation:
@@ -77,7 +80,11 @@ class RealData(pl.LightningDataModule):
 
     def keep(self, chosen: Int[Tensor, " n"]) -> None:
         """Leaves these training pictures alone."""
-        self.train, self._epoch_order = Pictures(self.train.images[chosen], self.train.labels[chosen]), None
+        self.train, self._epoch_order = self.train[chosen], None
+
+    def name_of(self, label: int) -> str:
+        """Of a class, for people."""
+        return str(label) if self.class_names is None else self.class_names[label]
 
     def reseeded(self, seed: int) -> "RealData":
         """The same pictures, shared, in another order."""
@@ -91,10 +98,44 @@ class RealData(pl.LightningDataModule):
 
     def minibatch(self, step: int) -> Batch:
         """x_t and its labels, for outer step t = `step`, from 0."""
+        if self.dataset.random_resized_crop is not None:
+            return self.finished(cut_pictures(self.stored.store, self.cuts(step)), step)
+        return self.finished(self.augment(self.train[self.chosen(step)].images, step), step)
+
+    def chosen(self, step: int) -> Int[Tensor, " batch"]:
+        """The training pictures of outer step `step`."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        chosen = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
-        chosen = chosen.to(self.train.images.device)
-        return self.preprocessing(self.augment(self.train.images[chosen], step)), self.train.labels[chosen]
+        return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def finished(self, images: UInt8[Tensor, "batch c h w"], step: int) -> Batch:
+        """Normalised on the device, with their labels."""
+        labels = self.train.labels
+        images = self.preprocessing(images.to(labels.device))
+        return images, labels[self.chosen(step).to(labels.device)]
+
+    @property
+    def stored(self) -> StoredPictures:
+        """The training pictures, of which random parts are cut."""
+        assert isinstance(self.train, StoredPictures)
+        return self.train
+
+    def cuts(self, step: int) -> list[Cut]:
+        """The random parts of training pictures that outer step `step` sees."""
+        rows, random = self.stored.rows[self.chosen(step)], generator(self.seed, Stream.AUGMENTATION, step)
+        assert self.dataset.random_resized_crop is not None
+        boxes = random_boxes(self.stored.store.sizes[rows], self.dataset.random_resized_crop, random)
+        mirrored = torch.rand(len(rows), generator=random).lt(0.5 if self.dataset.flip else 0)
+        together = zip(rows.tolist(), boxes.tolist(), mirrored.tolist(), strict=True)
+        return [Cut(row, *box, flip) for row, box, flip in together]
+
+    def minibatches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Those of outer steps `start` to `stop`, crops by worker processes."""
+        steps = range(start, stop)
+        if self.dataset.random_resized_crop is None:
+            yield from map(self.minibatch, steps)
+        else:
+            made = cut_steps(self.stored.store, self.cuts, steps, self.dataset.workers)
+            yield from map(self.finished, made, steps)
 
     def augment(self, images: UInt8[Tensor, "batch c h w"], step: int) -> UInt8[Tensor, "batch c h w"]:
         """The pictures as outer step `step` sees them."""
@@ -131,6 +172,9 @@ class OwnMinibatches:
 
     def __call__(self, step: int) -> tuple[Float[Tensor, "init batch c h w"], Int[Tensor, "init batch"]]:
         data, train = self._data, self._data.train
+        if data.dataset.random_resized_crop is not None:
+            images, labels = zip(*(stream.minibatch(step) for stream in self.streams), strict=True)
+            return torch.stack(images), torch.stack(labels)
         epoch, position = divmod(step, data.batches_per_epoch)
         if self._orders is None or self._orders[0] != epoch:
             orders = torch.stack([stream.order(epoch) for stream in self.streams])
@@ -139,7 +183,7 @@ class OwnMinibatches:
         images = train.images.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
         if data.dataset.augments:
             images = torch.stack([s.augment(own, step) for s, own in zip(self.streams, images, strict=True)])
-        return data.preprocessing(images), train.labels[chosen]
+        return data.preprocessing(images.to(train.labels.device)), train.labels[chosen]
 
 
 class Minibatches:
@@ -152,7 +196,7 @@ class Minibatches:
         return self.stop
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.data.minibatch(step) for step in range(self.start, self.stop))
+        return self.data.minibatches(self.start, self.stop)
 
     # A minibatch follows from the outer step alone, which Lightning restores itself: there is no more state, but
     # Lightning asks for these two before it trusts that a loader resumes in the middle of an epoch.

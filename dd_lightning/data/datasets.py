@@ -3,76 +3,21 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hydra.utils import get_class
-from jaxtyping import Float, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from dd_lightning.data.packed import Arrays, load_packed, save_packed
-from dd_lightning.data.whitening import Whitening
+from dd_lightning.data.pictures import Pictures, Preprocessing
 from dd_lightning.system.checks import check_count, check_name, check_whole
 from dd_lightning.system.locking import locked
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How stored pixels become a network's input: (pixel / 255 − mean) / std, channel by channel; then whitened.
-
-    Attributes:
-        whitening: of the normalised pictures; None leaves them as they are.
-    """
-
-    channels: int
-    image_size: int
-    mean: list[float]
-    std: list[float]
-    whitening: Whitening | None = field(default=None, compare=False)
-
-    def __call__(self, images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
-        images = self.normalised(images)
-        return images if self.whitening is None else self.whitening(images)
-
-    def normalised(self, images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
-        """Before they are whitened."""
-        mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
-        return images.float().div_(255).sub_(mean).div_(std)
-
-    def inverse(self, images: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
-        """Intensities, 0 to 1 where the pixels are those of a picture; of whitened ones about so."""
-        images = images if self.whitening is None else self.whitening.inverse(images)
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return images * std + mean
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, self.image_size, self.image_size
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a card; a whitening is stored beside it."""
-        return {name: getattr(self, name) for name in ("channels", "image_size", "mean", "std")}
-
-    def to(self, device: torch.device | str) -> "Preprocessing":
-        return self if self.whitening is None else replace(self, whitening=self.whitening.to(device))
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """One part of a data set, in its final size and number of channels."""
-
-    images: UInt8[Tensor, "n c h w"]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> "Pictures":
-        return Pictures(self.images.to(device), self.labels.to(device))
+from dd_lightning.system.seeding import Stream, generator
 
 
 class ImageDataset(ABC):
@@ -91,9 +36,18 @@ class ImageDataset(ABC):
         validation: number of training pictures that are held out for validation; 0 validates on those trained on. None
             is every tenth, at most 5,000, unless that would be fewer than there are classes.
 
+    Attributes (after `load`):
+        class_names: in the order of the labels, where they have names.
+        content: a hash of pictures and labels, where it is known without reading them.
+
     Raises:
         ValueError: naming the setting that cannot be.
     """
+
+    class_names: list[str] | None = None
+    content: str | None = None
+    random_resized_crop: list[float] | None = None
+    workers: int = 0
 
     def __init__(
         self,
@@ -140,26 +94,52 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Makes the arrays available on this machine (download, pack); called once, before `arrays`."""
+        """Makes the pictures available on this machine (download, pack); called once, before `load`."""
+
+    @abstractmethod
+    def load(self) -> tuple[Pictures, Pictures, Preprocessing, int]:
+        """Training part (validation included), test part, preprocessing and number of classes."""
+
+    def parts(self, training: Pictures) -> tuple[Pictures, Pictures]:
+        """The pictures to train on, and those held out for validation: the same for every seed, to compare runs."""
+        order = torch.randperm(len(training), generator=generator(0, Stream.SPLIT))
+        held_out, rest = order[: self.validation].sort().values, order[self.validation :].sort().values
+        return training[rest], training[held_out]
+
+    def _settle_validation(self, labels: Int[Tensor, " n"]) -> None:
+        if self.validation is None:
+            tenth = min(len(labels) // 10, 5000)
+            self.validation = tenth if tenth >= len(labels.unique()) else 0
+        if self.validation >= len(labels):
+            raise ValueError(
+                f"validation={self.validation} leaves none of the {len(labels)} training pictures of {self.name}"
+            )
+
+    def _per_channel(self, values: list[float], channels: int) -> list[float]:
+        if len(values) == 1:
+            return values * channels
+        if len(values) != channels:
+            raise ValueError(
+                f"data set {self.name} has {channels} channel(s) but {len(values)} values of mean and std; "
+                "set dataset.mean=null dataset.std=null to measure them"
+            )
+        return values
+
+
+class ArrayDataset(ImageDataset):
+    """A data set that fits into memory."""
 
     @abstractmethod
     def arrays(self) -> Arrays:
         """The stored arrays, checked."""
 
     def load(self) -> tuple[Pictures, Pictures, Preprocessing, int]:
-        """Training part (validation included), test part, preprocessing and number of classes."""
         arrays = self.arrays()
         train, test = (
             Pictures(self._form(getattr(arrays, f"{s}_images")), torch.from_numpy(getattr(arrays, f"{s}_labels")))
             for s in ("train", "test")
         )
-        if self.validation is None:
-            tenth = min(len(train) // 10, 5000)
-            self.validation = tenth if tenth >= len(train.labels.unique()) else 0
-        if self.validation >= len(train):
-            raise ValueError(
-                f"validation={self.validation} leaves none of the {len(train)} training pictures of {self.name}"
-            )
+        self._settle_validation(train.labels)
         channels, image_size = train.images.shape[1], train.images.shape[2]
         if self.crop_padding >= image_size:
             raise ValueError(f"crop_padding={self.crop_padding} must be below the {image_size} pixels of a picture")
@@ -189,18 +169,8 @@ class ImageDataset(ABC):
             pictures = transforms.resize(pictures, [self.image_size, self.image_size], antialias=True)
         return pictures.contiguous()
 
-    def _per_channel(self, values: list[float], channels: int) -> list[float]:
-        if len(values) == 1:
-            return values * channels
-        if len(values) != channels:
-            raise ValueError(
-                f"data set {self.name} has {channels} channel(s) but {len(values)} values of mean and std; "
-                "set dataset.mean=null dataset.std=null to measure them"
-            )
-        return values
 
-
-class Packed(ImageDataset):
+class Packed(ArrayDataset):
     """A user's own data set: one `.npz` file of four arrays (see `dd_lightning.data.packed`).
 
     Args:
@@ -272,7 +242,7 @@ class TorchvisionDataset(Packed):
         save_packed(self.path, Arrays(**packed))
 
 
-class Digits(ImageDataset):
+class Digits(ArrayDataset):
     """The 1,797 real handwritten digits that scikit-learn ships (8×8 pixels): nothing to download.
 
     The 360 test digits are a fixed choice, stratified over the classes.

@@ -1,14 +1,18 @@
-"""A packed data set from a folder of pictures, with a folder for each class."""
+"""Folders of pictures, with a folder for each class; and a packed data set made of one."""
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from dd_lightning.data.decoding import SUFFIXES, decoded
 from dd_lightning.data.packed import Arrays
 from dd_lightning.system.checks import check_count
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+Classes = dict[str, list[Path]]  # the pictures of each class, both in the order of their names
+Split = Callable[[int, list[Path]], tuple[list[Path], list[Path]]]  # a class's pictures into training and test part
 
 
 def pack_folder(folder: Path, image_size: int, channels: int, test_every: int) -> tuple[Arrays, list[str]]:
@@ -24,23 +28,16 @@ def pack_folder(folder: Path, image_size: int, channels: int, test_every: int) -
         The arrays, and the names of the classes in the order of their labels.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no folders of pictures.
-        ValueError: a class has too few pictures, the two parts have other classes, or a picture cannot be read.
+        FileNotFoundError, ValueError: as `parts_of`, or a picture cannot be read.
     """
     check_count(image_size=image_size, test_every=test_every)
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, not {channels!r}")
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        train, test = (classes_of(folder / part) for part in ("train", "test"))
-    else:
-        found = classes_of(folder)
-        train = {name: [p for i, p in enumerate(of_class, 1) if i % test_every] for name, of_class in found.items()}
-        test = {name: of_class[test_every - 1 :: test_every] for name, of_class in found.items()}
-    if train.keys() != test.keys():
-        raise ValueError(f"{folder}: class {min(train.keys() ^ test.keys())} is in one of train and test alone")
-    for name in train:
-        if not train[name] or not test[name]:
-            raise ValueError(f"{folder}: class {name} has too few pictures: {len(train[name])} and {len(test[name])}")
+
+    def split(label: int, pictures: list[Path]) -> tuple[list[Path], list[Path]]:
+        return [p for i, p in enumerate(pictures, 1) if i % test_every], pictures[test_every - 1 :: test_every]
+
+    train, test = parts_of(folder, split)
     arrays = {}
     for part, of_part in (("train", train), ("test", test)):
         paths = [path for of_class in of_part.values() for path in of_class]
@@ -49,22 +46,75 @@ def pack_folder(folder: Path, image_size: int, channels: int, test_every: int) -
     return Arrays(**arrays), list(train)
 
 
-def classes_of(folder: Path) -> dict[str, list[Path]]:
-    """The pictures of each class, both in the order of their names."""
+def parts_of(folder: Path, split: Split) -> tuple[Classes, Classes]:
+    """The training and the test pictures in `folder/train/CLASS` and `folder/test/CLASS`, or in `folder/CLASS`.
+
+    Args:
+        split: used where there is one tree.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no folders of pictures.
+        ValueError: a class has too few pictures, the two parts have other classes, or a link leads elsewhere.
+    """
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        train, test = (classes_of(folder / part, folder) for part in ("train", "test"))
+        for part, others, other in ((train, test, "test"), (test, train, "train")):
+            if lacking := [name for name in part if name not in others]:
+                raise ValueError(f"{folder / other} lacks class {lacking[0]}, which the other part has")
+        parts = {"train": train, "test": test}
+        for name in train:
+            empty = [part for part in parts if not parts[part][name]]
+            if empty:
+                raise ValueError(f"class {name} is empty: {folder / empty[0] / name} holds no pictures")
+        return train, test
+    found = classes_of(folder, folder)
+    of_both = {name: split(label, found[name]) for label, name in enumerate(found)}
+    for name, (train_of_class, test_of_class) in of_both.items():
+        if not found[name]:
+            raise ValueError(f"class {name} is empty: {folder / name} holds no pictures")
+        if not train_of_class or not test_of_class:
+            numbers = f"{len(train_of_class)} to train on and {len(test_of_class)} to test on"
+            raise ValueError(f"class {name} in {folder} has too few pictures ({len(found[name])}): {numbers}")
+    return ({name: both[0] for name, both in of_both.items()}, {name: both[1] for name, both in of_both.items()})
+
+
+def classes_of(folder: Path, root: Path) -> Classes:
+    """The pictures of each class; names that begin with a dot are not looked at.
+
+    Args:
+        root: out of which no link may lead.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder of pictures at {folder}")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = {one.name: sorted(p for p in one.rglob("*") if p.suffix.lower() in SUFFIXES) for one in classes}
+    inside = root.resolve()
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    found = {name: sorted(_pictures(folder / name, inside)) for name in classes}
     if len(found) < 2:
         raise FileNotFoundError(f"{folder} needs a folder of pictures for each of at least two classes")
     return found
 
 
+def _pictures(folder: Path, inside: Path) -> Iterator[Path]:
+    if not folder.resolve().is_relative_to(inside):
+        raise ValueError(f"{folder} is a link that leads out of {inside}")
+    for entry in os.scandir(folder):
+        path = folder / entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() and (entry.is_dir() or not path.resolve().is_relative_to(inside)):
+            where = "to a folder" if entry.is_dir() else f"out of {inside}"
+            raise ValueError(f"{path} is a link that leads {where}")
+        if entry.is_dir():
+            yield from _pictures(path, inside)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
 def read(path: Path, image_size: int, channels: int) -> np.ndarray:
-    """A picture file as an array."""
+    """The square in the middle of a picture, in that size."""
     try:
-        with Image.open(path) as picture:
-            turned = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
-            return np.asarray(ImageOps.fit(turned, (image_size, image_size)))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no picture that can be read ({error}); remove it") from error
+        pixels = decoded(path, path.read_bytes(), channels)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; remove it") from error
+    picture = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    return np.asarray(ImageOps.fit(picture, (image_size, image_size)))

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dd_lightning.data.datasets import Preprocessing
+from dd_lightning.data.pictures import Preprocessing
 
 
 class DistilledDataset(Dataset[tuple[Tensor, Tensor]]):

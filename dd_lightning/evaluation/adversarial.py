@@ -52,8 +52,8 @@ class Domains:
 
     def source_images(self, classes: Int[Tensor, " n"], random: torch.Generator) -> Float[Tensor, "n c h w"]:
         """A random source image of each class."""
-        chosen = _members(self._of_source, classes, random).to(self.source.labels.device)
-        return self.preprocessing(self.source.images[chosen])
+        chosen = self.source[_members(self._of_source, classes, random)]
+        return self.preprocessing(chosen.images.to(chosen.labels.device))
 
     def target_images(self, classes: Int[Tensor, " n"], random: torch.Generator) -> Float[Tensor, "n c h w"]:
         """A random target image of each class."""

@@ -115,8 +115,7 @@ class Evaluation:
         networks = count_choosing(self.learner.init, SCORED, "the sets")
         train, stream = self.data.train, Stream.HELD_OUT_VALIDATION
         chosen = torch.randperm(len(train), generator=generator(0, Stream.BASELINE))[:SCORE_PICTURES]
-        chosen = chosen.to(train.labels.device)
-        pictures = Pictures(train.images[chosen], train.labels[chosen])
+        pictures = train[chosen]
         common = (SCORED, stream, pictures, False)
         parts = self.chunks(SCORED, stream, 5)
         pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in parts}

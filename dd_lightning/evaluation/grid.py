@@ -170,8 +170,7 @@ def constant(learning_rate: float | str, epochs: int, steps: int) -> Float[Tenso
 def share(pictures: Pictures, index: int, size: int) -> Pictures:
     """The `index`-th share of `size` pictures, begun again after the last."""
     chosen = (index * size + torch.arange(min(size, len(pictures)))) % len(pictures)
-    chosen = chosen.to(pictures.labels.device)
-    return Pictures(pictures.images[chosen], pictures.labels[chosen])
+    return pictures[chosen]
 
 
 def best(means: Result, least_attack_share: float = 0.0) -> int:

@@ -34,7 +34,7 @@ def learn_rates(
         `raw`, [epoch, step]: the learning rates before the softplus, their mean over the second half of the outer
         steps. The best rates lie close to those that diverge, where a single network can throw the last ones off.
     """
-    sets = [one.to(data.train.images.device) for one in sets]
+    sets = [one.to(data.train.labels.device) for one in sets]
     raw = sets[0].raw_learning_rates.clone().requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=step_size, betas=(0.5, 0.999))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, outer_steps)

@@ -21,11 +21,14 @@ def confusion(
     preprocessing: Callable[[Tensor], Tensor],
     batch_size: int = BATCH,
 ) -> Int[Tensor, "init true predicted"]:
-    """Predictions of the J networks for all pictures, in batches small enough that memory is used again."""
+    """Predictions of the J networks for all pictures, in batches small enough that memory is used again.
+
+    They are made where the labels are, to which pictures are moved batch by batch.
+    """
     counts = []
     with torch.no_grad():
         for pictures, of_class in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = predict(network, weights, preprocessing(pictures))
+            logits = predict(network, weights, preprocessing(pictures.to(of_class.device)))
             networks, _, classes = logits.shape
             cells = of_class * classes + logits.argmax(2)
             cells += torch.arange(networks, device=cells.device)[:, None] * classes**2

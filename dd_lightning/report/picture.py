@@ -1,5 +1,7 @@
 """A picture of distilled data like the paper's Figures 2 and 3."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,21 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.system.atomic import atomic_path
 
 COLUMNS, IMAGES = 20, 200  # more would take minutes to draw, and could not be seen
+LETTERS = 14  # of a class's name above its image
 
 
-def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = "") -> Figure:
+def figure(
+    distilled: DistilledData, preprocessing: Preprocessing, title: str = "", names: Sequence[str] | None = None
+) -> Figure:
     """A row per GD step (and image per class), a column per class; at left the learning rates of all epochs.
 
     Many classes take several rows a step. Of many images the first few hundred are drawn. Learned labels stand above
     their images: the two classes with the largest numbers.
+
+    Args:
+        names: of the classes; None numbers them.
     """
+    called = [str(k) if names is None else _short(names[k]) for k in range(distilled.num_classes)]
     steps, batch = distilled.images.shape[:2]
     drawn = distilled.images.detach()[: max(IMAGES // batch, 1), :IMAGES]
     if drawn.shape[:2] != (steps, batch):
@@ -43,9 +52,10 @@ def figure(distilled: DistilledData, preprocessing: Preprocessing, title: str = 
             axis = axes[step * rows_per_step + index // columns, index % columns]
             axis.imshow(_visible(images[step, index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             if distilled.soft_labels is not None:
-                axis.set_title(_label(distilled.soft_labels[step, index]), fontsize=6)
+                axis.set_title(_label(distilled.soft_labels[step, index], called), fontsize=6, parse_math=False)
             elif (step == 0 and index < columns) or distilled.num_classes > columns:
-                axis.set_title(str(int(distilled.labels[step, index])), fontsize=10)
+                size = 10 if names is None else 7
+                axis.set_title(called[int(distilled.labels[step, index])], fontsize=size, parse_math=False)
         text = "\n".join(f"η = {rate:.3g}" for rate in rates[:, step].tolist())
         left = axes[step * rows_per_step, 0]
         label = f"step {step + 1}\n{text}" if steps > 1 else text
@@ -76,15 +86,26 @@ def draw_bases(bases: Float[Tensor, "k c h w"], preprocessing: Preprocessing, ti
         bases_figure(bases, preprocessing, title).savefig(temporary)
 
 
-def draw(distilled: DistilledData, preprocessing: Preprocessing, title: str, path: Path) -> None:
+def draw(
+    distilled: DistilledData,
+    preprocessing: Preprocessing,
+    title: str,
+    path: Path,
+    names: Sequence[str] | None = None,
+) -> None:
     """Writes `figure` as a picture file."""
-    with atomic_path(path) as temporary:
-        figure(distilled, preprocessing, title).savefig(temporary)
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that the font lacks
+        figure(distilled, preprocessing, title, names).savefig(temporary)
 
 
-def _label(label: Tensor) -> str:
+def _label(label: Tensor, called: Sequence[str]) -> str:
     values, classes = label.detach().topk(2)
-    return "  ".join(f"{k}: {value:.2f}" for k, value in zip(classes.tolist(), values.tolist(), strict=True))
+    return "  ".join(f"{called[k]}: {value:.2f}" for k, value in zip(classes.tolist(), values.tolist(), strict=True))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
 
 
 def _visible(image: np.ndarray) -> np.ndarray:

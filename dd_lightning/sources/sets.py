@@ -110,7 +110,8 @@ def kmeans(
     clusters = steps * images_per_class
     for label, pictures in enumerate(of_class):
         if len(pictures) < clusters:
-            raise ValueError(f"class {label} has {len(pictures)} training images, too few for {clusters} clusters")
+            name = data.name_of(label)
+            raise ValueError(f"class {name} has {len(pictures)} training images, too few for {clusters} clusters")
     members = []
     for index in track(range(sets), description="k-means", console=get_console(), transient=True):
         images = torch.empty_like(start.images)

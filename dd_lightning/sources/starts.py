@@ -45,7 +45,8 @@ def real_images(
         places = labels == label
         if len(members) < places.sum():
             raise ValueError(
-                f"class {label} has {len(members)} training images, but {int(places.sum())} were asked for"
+                f"class {data.name_of(label)} has {len(members)} training images, but {int(places.sum())} were asked "
+                "for"
             )
         chosen = members[torch.randperm(len(members), generator=random)[: int(places.sum())]]
         images[places] = data.preprocessing(data.train.images[chosen])

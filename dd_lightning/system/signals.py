@@ -50,3 +50,9 @@ def interrupted_at_once(message: str = "") -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def left_to_parent(worker: int) -> None:
+    """Has a worker process ignore the signals, which a terminal sends to all: the first process ends the others."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

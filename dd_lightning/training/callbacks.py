@@ -141,7 +141,7 @@ class DistilledPictures(Callback):
         data: RealData = trainer.datamodule  # type: ignore[attr-defined]
         distilled = pl_module.distilled.detach()
         path = Path(trainer.default_root_dir) / "pictures" / f"step_{step:06d}.png"
-        draw(distilled, data.preprocessing, f"outer step {step}", path)
+        draw(distilled, data.preprocessing, f"outer step {step}", path, data.class_names)
         rates = {
             f"learning_rate/epoch_{e}_step_{i}": rate
             for e, epoch in enumerate(distilled.learning_rates.tolist())

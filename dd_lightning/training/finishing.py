@@ -77,7 +77,8 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     """
     distilled, result = finished.distilled, finished.test
     distilled.save(folder / "distilled.safetensors")
-    draw(distilled, data.preprocessing, f"{about['name']}: {result}", folder / "distilled.png")
+    title = f"{about['name']}: {result}"
+    draw(distilled, data.preprocessing, title, folder / "distilled.png", data.class_names)
     if distilled.raw_images is not None and isinstance(distilled.parametrisation, Bases):
         bases = distilled.parametrisation.enlarged(distilled.raw_images["bases"])
         draw_bases(bases, data.preprocessing, f"{about['name']}: {len(bases)} bases", folder / "bases.png")
