@@ -7,6 +7,7 @@ from dd_lightning.data.files import Folder
 from dd_lightning.data.foreign import LABELS_FILE, read_sets
 from dd_lightning.data.ordinary import DistilledDataset
 from dd_lightning.data.pictures import Pictures, Preprocessing
+from dd_lightning.data.published import Cub200, Voc2007
 from dd_lightning.data.whitening import ZCA, Whitening, whitening_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ZCA",
     "Augment",
     "Batch",
+    "Cub200",
     "Digits",
     "DistilledDataset",
     "FlipRotate",
@@ -27,6 +29,7 @@ __all__ = [
     "Siamese",
     "TorchvisionDataset",
     "Unchanged",
+    "Voc2007",
     "Whitening",
     "augment_of",
     "read_sets",

@@ -1,6 +1,7 @@
-"""Zip archives from elsewhere (`.npz`, checkpoints): what they claim to hold is held against the file first."""
+"""Archives from elsewhere (`.npz`, checkpoints, tar): what they claim to hold is looked at first."""
 
 import math
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -47,3 +48,23 @@ def check_arrays(path: Path) -> None:
                     raise ValueError(f"{member.filename} holds Python objects")
                 if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
                     raise ValueError(f"{member.filename} claims another size, {list(shape)}, than it has")
+
+
+def unpack_tar(path: Path, folder: Path) -> None:
+    """Unpacks the files and folders of a tar archive, which holds nothing else, into a folder.
+
+    Raises:
+        ValueError: a member would lie outside, or is a link or a device; nothing was unpacked.
+        OSError, tarfile.TarError: it cannot be read.
+    """
+    root = folder.resolve()
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+        for member in members:
+            if not (member.isreg() or member.isdir()):
+                raise ValueError(f"{path}: {member.name} is a link or a device")
+            if not (root / member.name).resolve().is_relative_to(root):
+                raise ValueError(f"{path}: {member.name} leads out of the folder")
+        for member in members:
+            member.mode = 0o755 if member.isdir() else 0o644
+            archive.extract(member, root, set_attrs=False)
