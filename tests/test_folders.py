@@ -1,8 +1,10 @@
 """Pictures in folders: what is read, what is refused, what is kept, and crops that depend on (seed, step) alone."""
 
 import io
+import multiprocessing
 import os
 import pickle
+import signal
 import zlib
 from pathlib import Path
 
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 from torchvision.transforms import RandomResizedCrop
 
+import dd_lightning.report.picture as picture_module
+from dd_lightning import DistilledData
 from dd_lightning.data import Folder, OwnMinibatches, RealData, building
 from dd_lightning.data.crops import Cut, cut_out, random_boxes
 from dd_lightning.data.decoding import decoded
+from dd_lightning.data.folders import pack_folder
 from dd_lightning.data.store import ON_DEVICE, StoredPictures
+from dd_lightning.training.resuming import load_checkpoint, newest_checkpoint
 
 COLOURS = {"cat": (200, 40, 30), "dog": (30, 180, 60), "owl": (20, 60, 220)}
 NAMES = {"Käse": "cat", "日本語": "dog", "हिन्दी $x_1$": "owl"}
@@ -390,3 +397,87 @@ def test_many_pictures_stay_where_they_are(tmp_path, make, monkeypatch):
     assert isinstance(moved, StoredPictures)
     assert moved.labels.is_meta
     assert not moved.images.is_meta
+
+
+# Commands
+
+SHORT = ("dataset=folder", "dataset.path=pictures", "dataset.image_size=8", "dataset.validation=3", "network=custom")
+SHORT += ("network._target_=conftest.SmallNet", "batch_size=4", "unroll=functional", "callbacks.held_out.every=4")
+CROPPED = ("dataset.random_resized_crop=[0.3,1.0]", "dataset.flip=true", "trainer.max_steps=8")
+
+
+class Stop(Callback):
+    """Asks the run to end, as a terminal does: the processes that decode, too."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 3 and not Path("stopped").exists():
+            Path("stopped").touch()
+            for number in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
+                os.kill(number, signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore:.*suggested max number of worker.*")
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, run):
+    write(tmp_path / "pictures")
+    code, error, straight = run("distill", *SHORT, *CROPPED, "name=straight", "dataset.workers=0")
+    assert (code, error) == (0, "")
+    line = (*SHORT, *CROPPED, "dataset.workers=2", "+callbacks.stop._target_=test_folders.Stop")
+    code, error, folder = run("distill", *line)
+    assert code == 130
+    assert "saved after outer step 3" in error
+    assert run("distill", *line)[0] == 0
+    assert torch.equal(DistilledData.load(straight).images, DistilledData.load(folder).images)
+
+
+def test_class_names_travel_with_the_data(tmp_path, run, monkeypatch):
+    write(tmp_path / "pictures", names={name: COLOURS[colour] for name, colour in NAMES.items()})
+    titles = []
+    true = picture_module.figure
+    monkeypatch.setattr(picture_module, "figure", lambda *args: titles.append(args[3]) or true(*args))
+    code, error, folder = run("distill", *SHORT, "trainer.max_steps=2", "distilled=real")
+    assert (code, error) == (0, "")
+    card = DistilledData.load(folder).card
+    assert card["class_names"] == sorted(NAMES)
+    assert "workers" not in run_settings(folder)
+    code, error, folder = run("evaluate", *SHORT[:-2], "distilled=random_real", "distilled.steps=2", "networks=2")
+    assert (code, error) == (0, "")
+    assert (folder / "distilled.png").stat().st_size > 1000
+    assert titles
+    assert all(names == sorted(NAMES) for names in titles)
+    code, error, _ = run("evaluate", *SHORT[:-2], "distilled=random_real", "distilled.steps=9", "networks=2")
+    assert code == 1
+    assert "training images, but 9 were asked for" in error
+    assert any(f"class {name} has" in error for name in NAMES)
+
+
+def run_settings(folder):
+    saved = load_checkpoint(newest_checkpoint(folder / "checkpoints"))["dd_config"]
+    return {key.removeprefix("dataset.") for key in saved}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("dataset.path=null", "needs the path of their folder: dataset.path=FOLDER"),
+        ("dataset.path=nowhere", "there is no folder of pictures at nowhere"),
+        ("dataset.random_resized_crop=[1]", "dataset: random_resized_crop must be two shares"),
+        ("dataset.cache_gb=1e-6", "more than dataset.cache_gb=1e-06"),
+    ],
+)
+def test_commands_refuse_in_a_line(tmp_path, run, line, words):
+    write(tmp_path / "pictures")
+    code, error, _ = run("distill", *SHORT, line)
+    assert code == 1
+    assert words in error
+    assert error.count("\n") <= 1
+
+
+def test_a_folder_is_packed_as_before(tmp_path):
+    folder = write(tmp_path / "pictures")
+    arrays, names = pack_folder(folder, 8, 3, 5)
+    assert names == list(COLOURS)
+    assert arrays.train_images.shape == (18, 8, 8, 3)
+    assert arrays.test_labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    (folder / "train" / "cat" / "0.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0.jpg is no picture that can be read .*; remove it"):
+        pack_folder(folder, 8, 3, 5)

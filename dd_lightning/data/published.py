@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets import VOCDetection
-from torchvision.datasets.utils import download_url
-
 from dd_lightning.data.decoding import Box
 from dd_lightning.data.files import Listing, PictureFiles
 from dd_lightning.data.store import Source
@@ -75,10 +72,14 @@ class Voc2007(Downloaded):
     archives = ("VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar")
 
     def fetch(self, folder: Path) -> None:
+        from torchvision.datasets import VOCDetection
+
         for part in ("trainval", "test"):
             VOCDetection(str(folder), "2007", part, download=True)
 
     def listed(self, tree: Path) -> Listing:
+        from torchvision.datasets import VOCDetection
+
         found = {}
         for part in ("trainval", "test"):
             pictures = VOCDetection(str(tree.parent), "2007", part)
@@ -109,6 +110,8 @@ class Cub200(Downloaded):
     md5 = "97eceeb196236b17998738112f37df78"
 
     def fetch(self, folder: Path) -> None:
+        from torchvision.datasets.utils import download_url
+
         (archive,) = self.archives
         download_url(self.url, str(folder), archive, self.md5)
         unpack_tar(folder / archive, folder)
