@@ -439,6 +439,9 @@ def test_class_names_travel_with_the_data(tmp_path, run, monkeypatch):
     card = DistilledData.load(folder).card
     assert card["class_names"] == sorted(NAMES)
     assert "workers" not in run_settings(folder)
+    assert run("export", f"path={folder}", "folder=exported")[:2] == (0, "")
+    said = Path("exported/README.txt").read_text(encoding="utf-8")
+    assert all(f"  {label}              {name}\n" in said for label, name in enumerate(sorted(NAMES)))
     code, error, folder = run("evaluate", *SHORT[:-2], "distilled=random_real", "distilled.steps=2", "networks=2")
     assert (code, error) == (0, "")
     assert (folder / "distilled.png").stat().st_size > 1000

@@ -149,7 +149,7 @@ def test_an_object_without_area_is_named(voc, tmp_path):
 
 @pytest.fixture
 def cub(tmp_path, monkeypatch):
-    """CUB-200-2011 in small, as an archive at a file's address."""
+    """CUB-200-2011 in small: its archive lies where a user without a connection puts it."""
     files, lines = {}, {name: [] for name in ("classes", "images", "image_class_labels", "train_test_split")}
     for label, name in enumerate(("001.Black_footed_Albatross", "002.Rock_Wren"), 1):
         lines["classes"].append(f"{label} {name}")
@@ -161,8 +161,11 @@ def cub(tmp_path, monkeypatch):
             lines["image_class_labels"].append(f"{number} {label}")
             lines["train_test_split"].append(f"{number} {int(i < 3)}")
     files |= {f"CUB_200_2011/{name}.txt": "\n".join(of_file).encode() for name, of_file in lines.items()}
-    archive = write_tar(tmp_path / "cub.tgz", files | {"attributes.txt": b"x"}, "w:gz")
-    monkeypatch.setattr(Cub200, "url", archive.as_uri())
+    incoming = tmp_path / "data/download/cub200_2011/incoming"
+    incoming.mkdir(parents=True)
+    archive = write_tar(incoming / "CUB_200_2011.tgz", files | {"attributes.txt": b"x"}, "w:gz")
+    monkeypatch.setattr(Cub200, "url", "http://127.0.0.1:9/CUB_200_2011.tgz")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(Cub200, "md5", hashlib.md5(archive.read_bytes()).hexdigest())
     return lambda **form: Cub200("cub200_2011", str(tmp_path / "data"), **SMALL | form)
 

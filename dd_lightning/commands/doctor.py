@@ -47,11 +47,14 @@ def runs() -> Found:
 
 def data_sets() -> Found:
     from dd_lightning.commands.launch import CONF
+    from dd_lightning.data import Cub200, Voc2007
 
     folder = Path(os.environ.get("DD_DATA_DIR", "data"))
     names = [path.stem for path in sorted((CONF / "dataset").glob("*.yaml"))]
+    unpacked = {"voc2007": Voc2007.tree, "cub200_2011": Cub200.tree}
     there = [name for name in names if name == "digits" or (folder / f"{name}.npz").is_file()]
-    missing = [name for name in names if name not in there and name != "packed"]
+    there += [name for name, tree in unpacked.items() if (folder / "download" / name / tree).is_dir()]
+    missing = [name for name in names if name not in (*there, "packed", "folder")]
     text = f"in {folder}: {', '.join(there)}"
     return (NOTE, f"{text}; downloaded when used: {', '.join(missing)}") if missing else (OK, text)
 

@@ -92,7 +92,8 @@ def make_card(cfg: DictConfig, data: RealData, network: nn.Module, seeds: dict[s
     """What the networks are and how they are trained."""
     choices = HydraConfig.get().runtime.choices
     dataset = settings(cfg, "dataset")
-    dataset.pop("data_dir", None)
+    for key in ("data_dir", "workers", "cache_gb"):
+        dataset.pop(key, None)
     counts = {TRAIN: cfg.networks, HELD_OUT: cfg.held_out_networks}
     return {
         "name": cfg.name or data.dataset.name,

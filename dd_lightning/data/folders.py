@@ -88,7 +88,7 @@ def classes_of(folder: Path, root: Path) -> Classes:
         raise FileNotFoundError(f"there is no folder of pictures at {folder}")
     inside = root.resolve()
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    found = {name: sorted(_pictures(folder / name, inside)) for name in classes}
+    found = {name: sorted(_pictures(folder / name, inside), key=str) for name in classes}  # of paths it is slow
     if len(found) < 2:
         raise FileNotFoundError(f"{folder} needs a folder of pictures for each of at least two classes")
     return found

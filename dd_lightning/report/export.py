@@ -45,7 +45,7 @@ def export(distilled: DistilledData, folder: Path) -> None:
     lost = (pixels.float() / 255 - intensities).abs()
     outside = 100 * ((intensities < 0) | (intensities > 1)).double().mean().item()
     losses = f"{outside:.1f} % of the pixels lay beyond black or white, the farthest by {lost.max().item():.2f}"
-    write_bytes(folder / "README.txt", explained(distilled, losses).encode())
+    write_bytes(folder / "README.txt", (explained(distilled, losses) + named_classes(distilled.card)).encode())
 
 
 def write_pictures(pixels: Tensor, classes: Tensor, soft_labels: Tensor | None, folder: Path) -> None:
@@ -123,6 +123,12 @@ def explained(distilled: DistilledData, losses: str) -> str:
         network=settings(card.get("network", {"choice": "not known"})),
         accuracy=tested,
     )
+
+
+def named_classes(card: dict[str, Any]) -> str:
+    """The names of the classes, where they have names."""
+    names = card.get("class_names") or []
+    return "\nCLASSES\n" * bool(names) + "".join(f"  {label:<15d}{name}\n" for label, name in enumerate(names))
 
 
 def settings(entry: dict[str, Any]) -> str:
