@@ -112,7 +112,7 @@ def _decode(
     done, spare = len(index.sizes), form.budget - len(sources) * math.prod(form.shape)
     todo = range(done, len(sources))
     batches = (list(todo[i : i + AT_ONCE]) for i in range(0, len(todo), AT_ONCE))
-    log.info(f"{name}: decoding {len(todo):,} pictures, once")
+    log.info(f"{name}: decoding {len(todo):,} pictures into {folder}, once")
     with (
         _at_end_of(folder / "images.u8", index.stored * math.prod(form.shape)) as images,
         _at_end_of(folder / "whole.u8", _whole_bytes(index, form.channels)) as whole,
