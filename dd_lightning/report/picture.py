@@ -36,7 +36,7 @@ def figure(
     if drawn.shape[:2] != (steps, batch):
         title = f"{title} (the first {drawn.shape[0] * drawn.shape[1]} of {steps * batch} images)".lstrip()
     images = preprocessing.inverse(drawn.cpu().float()).permute(0, 1, 3, 4, 2).numpy()
-    rates = distilled.learning_rates.detach().cpu()
+    rates, soft = distilled.learning_rates.detach().cpu(), distilled.soft_labels
     steps, batch = images.shape[:2]
     columns = min(batch, distilled.num_classes, COLUMNS)
     rows_per_step = -(-batch // columns)
@@ -51,15 +51,12 @@ def figure(
         for index in range(batch):
             axis = axes[step * rows_per_step + index // columns, index % columns]
             axis.imshow(_visible(images[step, index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            if distilled.soft_labels is not None:
-                axis.set_title(_label(distilled.soft_labels[step, index], called), fontsize=6, parse_math=False)
+            if soft is not None:
+                axis.set_title(_label(soft[step, index], called), fontsize=6, parse_math=False)
             elif (step == 0 and index < columns) or distilled.num_classes > columns:
-                size = 10 if names is None else 7
-                axis.set_title(called[int(distilled.labels[step, index])], fontsize=size, parse_math=False)
-        text = "\n".join(f"η = {rate:.3g}" for rate in rates[:, step].tolist())
-        left = axes[step * rows_per_step, 0]
-        label = f"step {step + 1}\n{text}" if steps > 1 else text
-        left.text(-0.15, 0.5, label, transform=left.transAxes, ha="right", va="center", fontsize=8)
+                label, size = int(distilled.labels[step, index]), 10 if names is None else 7
+                axis.set_title(called[label], fontsize=size, parse_math=False)
+        _tell_rates(axes[step * rows_per_step, 0], rates[:, step].tolist(), f"step {step + 1}\n" * (steps > 1))
     fig.suptitle(title, fontsize=11)
     return fig
 
@@ -97,6 +94,11 @@ def draw(
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that the font lacks
         figure(distilled, preprocessing, title, names).savefig(temporary)
+
+
+def _tell_rates(left: Any, rates: Sequence[float], title: str) -> None:
+    text = title + "\n".join(f"η = {rate:.3g}" for rate in rates)
+    left.text(-0.15, 0.5, text, transform=left.transAxes, ha="right", va="center", fontsize=8)
 
 
 def _label(label: Tensor, called: Sequence[str]) -> str:
