@@ -185,6 +185,9 @@ def test_download_is_packed_once_and_whole(tmp_path):
     dataset = TorchvisionDataset(**arguments)
     dataset.prepare()
     assert len(dataset.arrays().train_labels) == 30
+    data = RealData(dataset)
+    data.setup()
+    assert (len(data.train), len(data.validation), len(data.test)) == (25, 5, 30)
 
 
 def test_a_validation_part_that_takes_a_whole_class_is_refused(packed):

@@ -273,11 +273,11 @@ def test_boxes_lie_in_their_pictures_and_are_those_of_random_resized_crop():
 
 def test_a_crop_of_everything_is_the_picture_and_is_mirrored():
     image = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole = cut_out(image, Cut(0, 0, 0, 8, 8, False), 8)
+    whole = cut_out(image, Cut(0, (0, 0, 8, 8), False), 8)
     assert torch.equal(whole, image.permute(2, 0, 1))
-    assert torch.equal(cut_out(image, Cut(0, 0, 0, 8, 8, True), 8), whole.flip(2))
-    part = cut_out(image, Cut(0, 2, 3, 4, 5, False), 8)
-    assert torch.equal(part, cut_out(image[2:6, 3:8], Cut(0, 0, 0, 4, 5, False), 8))
+    assert torch.equal(cut_out(image, Cut(0, (0, 0, 8, 8), True), 8), whole.flip(2))
+    part = cut_out(image, Cut(0, (2, 3, 4, 5), False), 8)
+    assert torch.equal(part, cut_out(image[2:6, 3:8], Cut(0, (0, 0, 4, 5), False), 8))
 
 
 CROPS = {"random_resized_crop": [0.3, 1.0], "flip": True}

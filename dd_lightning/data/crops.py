@@ -1,6 +1,7 @@
 """Random crops of pictures of any size, each scaled to a square, as networks for photographs are trained on."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,14 +18,11 @@ class Cut(NamedTuple):
     """A part of a stored picture."""
 
     row: int
-    top: int
-    left: int
-    height: int
-    width: int
+    box: tuple[int, int, int, int]  # top, left, height, width
     flip: bool
 
 
-def random_boxes(sizes: Int[Tensor, "n 2"], scale: tuple[float, float], random: torch.Generator) -> Int[Tensor, "n 4"]:
+def random_boxes(sizes: Int[Tensor, "n 2"], scale: Sequence[float], random: torch.Generator) -> Int[Tensor, "n 4"]:
     """Top, left, height and width of a random part of each picture, by torchvision's `RandomResizedCrop`.
 
     The area is a uniform share of the picture's, the logarithm of the ratio of width to height uniform, the place
@@ -33,7 +31,7 @@ def random_boxes(sizes: Int[Tensor, "n 2"], scale: tuple[float, float], random: 
 
     Args:
         sizes: height and width of each picture.
-        scale: of the area.
+        scale: of the area, from and to.
     """
     n, low, high = len(sizes), math.log(RATIO[0]), math.log(RATIO[1])
     draws = torch.rand((n, 2 * ATTEMPTS + 2), generator=random, dtype=torch.float64)
@@ -57,7 +55,8 @@ def random_boxes(sizes: Int[Tensor, "n 2"], scale: tuple[float, float], random: 
 
 def cut_out(picture: UInt8[Tensor, "h w c"], cut: Cut, image_size: int) -> UInt8[Tensor, "c s s"]:
     """The part of the picture, scaled (bicubic) and mirrored."""
-    part = picture[cut.top : cut.top + cut.height, cut.left : cut.left + cut.width].permute(2, 0, 1)
+    top, left, height, width = cut.box
+    part = picture[top : top + height, left : left + width].permute(2, 0, 1)
     size = [image_size, image_size]
     scaled = transforms.resize(part, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return scaled.flip(2) if cut.flip else scaled

@@ -57,7 +57,7 @@ class RealData(pl.LightningDataModule):
         training, self.test, self.preprocessing, self.num_classes = self.dataset.load()
         self.class_names = self.dataset.class_names
         self.content = self.dataset.content or digest(training, self.test)
-        self.train, self.validation = self.dataset.parts(training)
+        self.train, self.validation = self.dataset.divided(training)
         empty = torch.bincount(self.train.labels, minlength=self.num_classes).eq(0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
@@ -126,7 +126,7 @@ class RealData(pl.LightningDataModule):
         boxes = random_boxes(self.stored.store.sizes[rows], self.dataset.random_resized_crop, random)
         mirrored = torch.rand(len(rows), generator=random).lt(0.5 if self.dataset.flip else 0)
         together = zip(rows.tolist(), boxes.tolist(), mirrored.tolist(), strict=True)
-        return [Cut(row, *box, flip) for row, box, flip in together]
+        return [Cut(row, (top, left, height, width), flip) for row, (top, left, height, width), flip in together]
 
     def minibatches(self, start: int, stop: int) -> Iterator[Batch]:
         """Those of outer steps `start` to `stop`, crops by worker processes."""

@@ -100,7 +100,7 @@ class ImageDataset(ABC):
     def load(self) -> tuple[Pictures, Pictures, Preprocessing, int]:
         """Training part (validation included), test part, preprocessing and number of classes."""
 
-    def parts(self, training: Pictures) -> tuple[Pictures, Pictures]:
+    def divided(self, training: Pictures) -> tuple[Pictures, Pictures]:
         """The pictures to train on, and those held out for validation: the same for every seed, to compare runs."""
         order = torch.randperm(len(training), generator=generator(0, Stream.SPLIT))
         held_out, rest = order[: self.validation].sort().values, order[self.validation :].sort().values

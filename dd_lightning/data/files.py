@@ -119,7 +119,7 @@ class PictureFiles(ImageDataset):
         form = Preprocessing(self.kept.channels, self.kept.image_size, mean, std)
         return train, test, form, len(self.class_names)
 
-    def parts(self, training: Pictures) -> tuple[Pictures, Pictures]:
+    def divided(self, training: Pictures) -> tuple[Pictures, Pictures]:
         assert self.validation is not None
         return training[self.validation :], training[: self.validation]
 
