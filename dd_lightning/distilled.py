@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dd_lightning.data import Augment, DistilledDataset, Preprocessing, Unchanged, Whitening, augment_of, whitening_of
-from dd_lightning.networks import load_weights, training_without_dropout
+from dd_lightning.networks import completed, load_weights, training_without_dropout
 from dd_lightning.parametrisation import Images, Pixels, images_of
 from dd_lightning.system.checks import check_count, check_positive
 from dd_lightning.system.gallery import located, widened
@@ -19,6 +19,7 @@ from dd_lightning.system.tensors import read_tensors, write_tensors
 from dd_lightning.unroll import Draws, FixedOrder, Order, Step, Used, inner_optimizer, order_of
 
 FORMAT = "dd_lightning.distilled/1"
+OTHERS = "other_initial_weights"  # on the card: what weights of θ₀ are that are not in the file, and their hash
 INITIAL, WHITENING = "initial_weights/", "whitening/"  # prefixes of the tensors of θ₀ and of a whitening in the file
 
 
@@ -39,7 +40,8 @@ class DistilledData:
         labels: class of each image; fixed (Section 3.1).
         raw_learning_rates: η̃ before the softplus that keeps it positive (Section S-1); not tied across epochs.
         card: what the data were made for: classes, preprocessing, network, init, objective, accuracy.
-        initial_weights: the network θ₀ for which the data were distilled, where it is one fixed network.
+        initial_weights: the network θ₀ for which the data were distilled, where it is one fixed network; of published
+            weights, which the card names, the last layer alone.
         soft_labels: real numbers for each class, used instead of `labels` where they were learned.
         order: which images an inner step sees, and at which rate.
         augment: what an inner step does to its images.
@@ -200,7 +202,8 @@ class DistilledData:
         """
         if self.initial_weights is not None:
             try:
-                load_weights(network, self.initial_weights)
+                others = self.card.get(OTHERS)
+                load_weights(network, completed(network, self.initial_weights, others) if others else self.initial_weights)
             except ValueError as error:
                 raise ValueError(f"these data were distilled for one fixed network; {error}") from error
         theta: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}

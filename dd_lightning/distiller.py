@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,7 @@ class DatasetDistiller(pl.LightningModule):
         config: settings that a checkpoint must share before a run may go on from it.
         precision: of the pass over the real minibatch (line 7): float32 or bfloat16.
         chunk, capture: as in `OuterStep`.
+        piece: as in `OuterLoss`.
         labels: the map from what is learned to labels.
         raw_labels: what is learned of the labels, at the start; None where they are fixed.
         window: which inner steps are differentiated.
@@ -69,6 +71,7 @@ class DatasetDistiller(pl.LightningModule):
         raw_labels: Float[Tensor, "step batch classes"] | None = None,
         window: Window | None = None,
         seed: int = 0,
+        piece: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in distilled.learned_images.items():
@@ -79,16 +82,16 @@ class DatasetDistiller(pl.LightningModule):
         self._initial, self._labels, self.images_per_class = distilled, labels or FixedLabels(), None
         self._template = (network,)  # in a tuple, so that it is no submodule
         self.init, self.unroll, self.objective = init, unroll, objective
-        self.outer_loss = OuterLoss(objective, precision)
+        self.outer_loss = OuterLoss(objective, precision, piece)
         self._window, self._seed = window or Window(), seed
         self.pool = None
         if self._window.start == POOL:
             self.pool = Pool(self._window.networks, len(self._place(0)), distilled.inner_steps, seed)
-        # What is drawn anew in every outer step cannot be recorded.
+        # What is drawn anew in every outer step, or waits elsewhere, cannot be recorded.
         as_recorded = isinstance(distilled.order, FixedOrder) and isinstance(distilled.augment, Unchanged)
-        drawn = not (self._window.full and as_recorded)
+        recorded = self._window.full and as_recorded and piece is None
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
-        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and not drawn)
+        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and recorded)
         self._make_optimizer, self.make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self.config = config or {}
 
@@ -125,6 +128,10 @@ class DatasetDistiller(pl.LightningModule):
         """What is learned of single images, [step, batch, …]: not what they share, nor learning rates."""
         labels = [] if self.raw_labels is None else [self.raw_labels]
         return [self.learned_images[self._initial.parametrisation.names[0]], *labels]
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        # Pieces go there one at a time.
+        return batch if self.outer_loss.piece else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         images, labels = batch  # x_t, line 3

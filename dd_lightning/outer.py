@@ -20,7 +20,7 @@ from dd_lightning.networks import (
     stem_of,
     unstack,
 )
-from dd_lightning.system.checks import check_choice
+from dd_lightning.system.checks import check_choice, check_count
 from dd_lightning.system.processor import PRECISIONS
 
 LossesAndGradient = tuple[list[Tensor], Weights]
@@ -36,20 +36,31 @@ class OuterLoss:
         objective: of logits [init, batch, classes] and labels [batch]; a mean over both.
         precision: of the networks' layers: float32 (what the weights are in), or bfloat16 by autocast, which moves the
             gradient by less than the choice of the minibatch does and halves the time.
+        piece: real images that a network takes at a time: fewer take less memory, and give the same gradient, which
+            is a mean over images; they may wait in the CPU's memory. None: all at once.
     """
 
-    def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], precision: str = "float32") -> None:
+    def __init__(
+        self,
+        objective: Callable[[Tensor, Tensor], Tensor],
+        precision: str = "float32",
+        piece: int | None = None,
+    ) -> None:
         check_choice("precision", precision, PRECISIONS)
-        self.objective, self.dtype = objective, PRECISIONS[precision]
+        if piece is not None:
+            check_count(piece=piece)
+        self.objective, self.dtype, self.piece = objective, PRECISIONS[precision], piece
 
     def __call__(
         self, network: nn.Module, theta: Weights, images: Float[Tensor, "batch c h w"], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
-        format = memory_format(network, images)
-        images = images.to(memory_format=format)
         with evaluating(network):
-            stem = stem_of(network, images, format)
-            if stem is None or count(theta) == 1:
+            stem = None
+            if self.piece is None:
+                format = memory_format(network, images)
+                images = images.to(memory_format=format)
+                stem = stem_of(network, images, format) if count(theta) > 1 else None
+            if stem is None:
                 gradients = partial(self._gradients, network, images, labels)
             else:
                 gradients = partial(self._stemmed_gradients, stem, images, labels)
@@ -57,9 +68,26 @@ class OuterLoss:
 
     def _gradients(self, network: nn.Module, images: Tensor, labels: Tensor, theta: Weights) -> LossesAndGradient:
         """Each network by itself."""
-        found = [self._gradient(network, single, images, labels) for single in unstack(theta)]
+        found = [self._in_pieces(network, single, images, labels) for single in unstack(theta)]
         losses, gradients = zip(*found, strict=True)
         return list(losses), stack([dict(zip(theta, gradient, strict=True)) for gradient in gradients])
+
+    def _in_pieces(
+        self, network: nn.Module, single: dict[str, Tensor], images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One network's loss and gradient; each piece counts by its number of images."""
+        if self.piece is None:
+            return self._gradient(network, single, images, labels)
+        device = next(iter(single.values())).device
+        loss, total = torch.zeros((), device=device), tuple(map(torch.zeros_like, single.values()))
+        for part, of_part in zip(images.split(self.piece), labels.split(self.piece), strict=True):
+            part = part.to(device)
+            part = part.to(memory_format=memory_format(network, part))
+            found, gradient = self._gradient(network, single, part, of_part.to(device))
+            share = len(part) / len(images)
+            loss = loss + share * found
+            torch._foreach_add_(total, gradient, alpha=share)
+        return loss, total
 
     def _stemmed_gradients(self, stem: Stem, images: Tensor, labels: Tensor, theta: Weights) -> LossesAndGradient:
         """A few networks' stems at once, then each network's tail."""

@@ -15,10 +15,10 @@ from torch import nn
 from dd_lightning.commands.errors import named
 from dd_lightning.commands.learned import card_of, check_window, learned, settle_images
 from dd_lightning.data import RealData, Whitening
-from dd_lightning.distilled import DistilledData
+from dd_lightning.distilled import OTHERS, DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import FixedPretrainedInit, Init, OneNetwork, RandomPretrainedInit
-from dd_lightning.networks import check_network, code_of
+from dd_lightning.networks import TorchvisionNetwork, check_network, code_of
 from dd_lightning.objectives import Objective
 from dd_lightning.sources import Sets
 from dd_lightning.system.processor import versions
@@ -126,7 +126,8 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     distilled, raw_labels = learned(cfg, data, distilled, images, labels)
     card = make_card(cfg, data)
     card |= card_of(distilled, budget) | {"network": card["network"] | code_of(network)}
-    weights = init.weights(network) | dict(network.named_buffers()) if isinstance(init, OneNetwork) else None
+    weights, others = init.kept(network) if isinstance(init, OneNetwork) else (None, {})
+    card |= {OTHERS: others} if others else {}
     return DatasetDistiller(
         replace(distilled, card=card, initial_weights=weights),
         network,
@@ -136,7 +137,7 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
         instantiate(cfg.optimizer),
         instantiate(cfg.schedule),
         cfg.rate_scale,
-        computed_from(cfg, data),
+        computed_from(cfg, data, network),
         cfg.precision,
         cfg.chunk,
         # A set that grows cannot be recorded, and a recorded step is not looked into.
@@ -145,6 +146,7 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
         raw_labels,
         window,
         cfg.seed,
+        cfg.piece,
     )
 
 
@@ -180,8 +182,8 @@ def make_card(cfg: DictConfig, data: RealData) -> dict[str, Any]:
     }
 
 
-def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat, and the real data."""
+def computed_from(cfg: DictConfig, data: RealData, network: nn.Module) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat, the real data, and weights that a network brings."""
     flat: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.batch_size, "rate_scale": cfg.rate_scale}
     flat["precision"] = cfg.precision
     for group in COMPUTED_FROM:
@@ -190,4 +192,8 @@ def computed_from(cfg: DictConfig, data: RealData) -> dict[str, Any]:
             flat[f"{group}._target_"] = cfg[group].get("_target_")
     for apart in NOT_COMPUTED_FROM:
         flat.pop(apart, None)
+    if isinstance(network, TorchvisionNetwork):
+        flat["network.weights"] = network.content
+    if "head" in cfg.init and cfg.init.population is not None:  # which has no use for them
+        flat = {key: value for key, value in flat.items() if key not in ("init.head", "init.seed")}
     return flat | {"dataset.content": data.content}

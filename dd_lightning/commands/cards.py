@@ -10,7 +10,7 @@ from dd_lightning.commands.build import CARD_GROUPS
 from dd_lightning.commands.resolvers import task_overrides
 
 # Settings that a card has no say in: where files lie, and what is run.
-NOT_OF_CARD = ("cache_gb", "data_dir", "folder", "populations_dir", "source", "weights", "workers")
+NOT_OF_CARD = ("cache_gb", "data_dir", "folder", "populations_dir", "source", "workers")
 
 
 def overridden(group: str) -> bool:

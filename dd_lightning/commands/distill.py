@@ -105,8 +105,7 @@ def check(cfg: DictConfig, folder: Path) -> None:
     check_positive(**{"optimizer.lr": cfg.optimizer.lr})
     if cfg.rate_scale != 0:
         check_positive(rate_scale=cfg.rate_scale)
-    if cfg.chunk is not None:
-        check_count(chunk=cfg.chunk)
+    check_count(**{name: cfg[name] for name in ("chunk", "piece") if cfg[name] is not None})
     schedule = cfg.schedule or {}
     for key, check_one in (("gamma", check_positive), ("step_size", check_count)):
         if key in schedule:

@@ -22,7 +22,7 @@ from dd_lightning.commands.build import (
 from dd_lightning.commands.cards import overridden, with_card
 from dd_lightning.commands.launch import command
 from dd_lightning.data import Whitening
-from dd_lightning.distilled import DistilledData
+from dd_lightning.distilled import OTHERS, DistilledData
 from dd_lightning.evaluation import Evaluation, Learner, Outcome
 from dd_lightning.evaluation.heldout import FEW
 from dd_lightning.init import FixedInit
@@ -85,7 +85,10 @@ def build_evaluation(cfg: DictConfig, workers: Workers, whitening: Whitening | N
     objective = build_objective(cfg, data)
     sets = build_sets(cfg, data, objective)
     brought = sets.members[0].initial_weights if sets.members and not overridden("init") else None
-    init = instantiate(cfg.init) if brought is None else FixedInit(weights=brought)
+    if brought is None:
+        init = instantiate(cfg.init)
+    else:
+        init = FixedInit(weights=brought, others=sets.members[0].card.get(OTHERS))
     network = build_network(cfg, data, init)
     buffers = dict(network.named_buffers())
     network.load_state_dict({name: v for name, v in (brought or {}).items() if name in buffers}, strict=False)

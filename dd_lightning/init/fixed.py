@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from dd_lightning.init.interface import Init, to_device_of
 from dd_lightning.init.random import RandomInit
-from dd_lightning.networks import Weights, differences, stack
+from dd_lightning.networks import Weights, completed, differences, stack
 from dd_lightning.system.checks import check_count
 from dd_lightning.system.seeding import Stream
 
@@ -37,6 +38,11 @@ class OneNetwork(Init):
         self._weights = to_device_of(network, self._weights)
         return self._weights
 
+    def kept(self, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What goes with distilled data: weights and buffers of the network; and, where these are the last layer's
+        alone, what the others are `of` and a hash of their `content`."""
+        return self.weights(network) | dict(network.named_buffers()), {}
+
     def sample(self, network: nn.Module, step: int, rank: int = 0, world: int = 1) -> Weights:
         return stack([self.weights(network)])
 
@@ -55,6 +61,7 @@ class FixedInit(OneNetwork):
         gain: as in `RandomInit`.
         seed: chooses the network.
         weights: the network's weights, instead of drawing them (as saved with distilled data).
+        others: of weights that are the last layer's alone, the `content` that the network's others must have.
     """
 
     def __init__(
@@ -64,15 +71,17 @@ class FixedInit(OneNetwork):
         per_step: int = 1,
         seed: int = 0,
         weights: dict[str, Tensor] | None = None,
+        others: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(per_step)
-        self._random, self._given = RandomInit(scheme, gain, seed=seed), weights
+        self._random, self._given, self._others = RandomInit(scheme, gain, seed=seed), weights, others
 
     def _make(self, network: nn.Module) -> dict[str, Tensor]:
         if self._given is None:
             return self._random.draw(network, Stream.INIT)
+        given = completed(network, self._given, self._others) if self._others else self._given
         buffers = dict(network.named_buffers())  # which come with the weights, and are the template's
-        return {name: weight for name, weight in self._given.items() if name not in buffers}
+        return {name: weight for name, weight in given.items() if name not in buffers}
 
     def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
         shapes = {name: weight.shape for name, weight in self.weights(network).items()}

@@ -1,6 +1,7 @@
 """Networks of a population of trained ones (Section 3.5)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 from dd_lightning.init.fixed import OneNetwork
 from dd_lightning.init.interface import Init, to_device_of
 from dd_lightning.init.population import HELD_OUT, TRAIN, TrainedNetworks, find_population
-from dd_lightning.networks import Weights, stack
-from dd_lightning.system.checks import check_count
+from dd_lightning.networks import TorchvisionNetwork, Weights, stack
+from dd_lightning.system.checks import check_choice, check_count
 from dd_lightning.system.seeding import Stream, generator
 
 CHOOSING = 20  # networks held out to choose, at most
+HEADS = ("zeros", "random")
 
 
 class RandomPretrainedInit(Init):
@@ -70,28 +72,63 @@ class RandomPretrainedInit(Init):
 
 
 class FixedPretrainedInit(OneNetwork):
-    """One network of a population of trained ones (Section 3.5).
+    """One trained network: of a population (Section 3.5), or the one whose weights the network itself brings.
 
     Args:
-        population: as in `RandomPretrainedInit`.
+        population: as in `RandomPretrainedInit`; None takes the network's own weights, as those of ImageNet.
         populations_dir: as in `RandomPretrainedInit`.
-        index: which network of those to train on, from 0.
+        index: which network of those of a population to train on, from 0.
+        head: of own weights, the last layer's: `zeros` (Section S-1), or `random`, Xavier normal.
+        seed: of a random last layer.
 
     Raises:
-        ValueError: no network has this index, or the population is not finished.
+        ValueError: no network has this index, the population is not finished, or an unknown or unused `head`.
         FileNotFoundError: as in `RandomPretrainedInit`.
     """
 
-    def __init__(self, population: str | None, populations_dir: str = ".", index: int = 0, per_step: int = 1) -> None:
+    def __init__(
+        self,
+        population: str | None,
+        populations_dir: str = ".",
+        index: int = 0,
+        per_step: int = 1,
+        head: str = "zeros",
+        seed: int = 0,
+    ) -> None:
         super().__init__(per_step)
-        self.population = find_population(population, populations_dir)
+        check_choice("head", head, HEADS)
+        self.head, self.seed = head, seed
+        self.population = None if population is None else find_population(population, populations_dir)
+        if self.population is None:
+            return
+        if head != "zeros":
+            raise ValueError(f"head={head} is of a network's own weights; those of a population have a last layer")
         self._networks, self._index = TrainedNetworks(self.population, TRAIN), index
         if index not in range(len(self._networks)):
             last = len(self._networks) - 1
             raise ValueError(f"index is {index}, but population {population} has networks 0 to {last}")
 
     def _make(self, network: nn.Module) -> dict[str, Tensor]:
-        return self._networks[self._index]
+        if self.population is not None:
+            return self._networks[self._index]
+        assert isinstance(network, TorchvisionNetwork)
+        own = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        if self.head == "random":
+            weight = own[f"{network.head}.weight"]
+            drawn = nn.init.xavier_normal_(torch.empty(weight.shape), generator=generator(self.seed, Stream.INIT))
+            own[f"{network.head}.weight"] = drawn.to(weight)
+        return own
 
     def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
-        self.population.check(network, image_shape, num_classes)
+        if self.population is not None:
+            self.population.check(network, image_shape, num_classes)
+        elif not isinstance(network, TorchvisionNetwork):
+            find_population(None, ".")  # says how to name one
+        elif network.content is None:
+            raise ValueError("network.weights=null brings no weights to start from; init=fixed draws them")
+
+    def kept(self, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not isinstance(network, TorchvisionNetwork) or self.population is not None:
+            return super().kept(network)
+        weights = self.weights(network)
+        return {name: weights[name] for name in network.of_head}, {"of": network.source, "content": network.content}

@@ -6,7 +6,7 @@ from dd_lightning.networks.check import check_network
 from dd_lightning.networks.code import code_of
 from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
 from dd_lightning.networks.convnet import ConvNet
-from dd_lightning.networks.fitting import differences, load_weights
+from dd_lightning.networks.fitting import completed, differences, digest_of, load_weights
 from dd_lightning.networks.formats import channels_last, memory_format
 from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
 from dd_lightning.networks.lenet import LeNet
@@ -14,6 +14,7 @@ from dd_lightning.networks.mlp import MLP
 from dd_lightning.networks.modes import evaluating, training_without_dropout
 from dd_lightning.networks.resnet18 import ResNet18
 from dd_lightning.networks.stem import LANES, Stem, Tracer, stem_of
+from dd_lightning.networks.torchvision import TorchvisionNetwork
 from dd_lightning.networks.vgg11 import VGG11
 from dd_lightning.networks.vit_small import ViTSmall
 from dd_lightning.networks.weights import (
@@ -41,6 +42,7 @@ __all__ = [
     "MaxPool2d",
     "ResNet18",
     "Stem",
+    "TorchvisionNetwork",
     "Tracer",
     "ViTSmall",
     "Weights",
@@ -49,10 +51,12 @@ __all__ = [
     "check_network",
     "class_name",
     "code_of",
+    "completed",
     "concatenated",
     "confusion",
     "count",
     "differences",
+    "digest_of",
     "evaluating",
     "forward_each",
     "frozen",

@@ -1,6 +1,8 @@
 """Saved weights that go into a network by their names: all of them, or none."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -27,15 +29,55 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def differences(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> str:
     """What differs between saved weights, by name, and a network's parameters; empty where nothing does."""
     own = {_unwrapped(name): None if is_lazy(p) else tuple(p.shape) for name, p in network.named_parameters()}
-    known = own.keys() | {_unwrapped(name) for name in network.state_dict()}
-    found = [("it lacks", shapes.keys() - known), ("it has, and they lack,", own.keys() - shapes.keys())]
+    return differing(own, shapes, {_unwrapped(name) for name in network.state_dict()})
+
+
+def differing(
+    own: Mapping[str, Sequence[int] | None], given: Mapping[str, Sequence[int]], optional: Iterable[str] = ()
+) -> str:
+    """What differs between a network's shapes and given ones, by name.
+
+    Args:
+        own: None for a shape that is not known yet.
+        optional: names that the network has, and that need not be given.
+    """
+    found = [("it lacks", given.keys() - own.keys() - set(optional)), ("it has, and they lack,", own.keys() - given.keys())]
     wrong = [
         f"{name} is {list(shape)}, and {list(own[name] or ())} here"
-        for name, shape in shapes.items()
+        for name, shape in given.items()
         if own.get(name) is not None and own[name] != tuple(shape)
     ]
     texts = [f"{what} {_some(sorted(names))}" for what, names in found if names]
     return "; ".join([*texts, *([_some(wrong)] if wrong else [])])
+
+
+def digest_of(network: nn.Module, without: Collection[str] = ()) -> str:
+    """A hash of a network's weights and buffers by their names, wrapped or not, but for those `without`."""
+    left_out, found = {_unwrapped(name) for name in without}, hashlib.blake2b(digest_size=16)
+    state = {_unwrapped(name): value for name, value in network.state_dict().items()}
+    for name in sorted(state.keys() - left_out):
+        value = state[name].detach().cpu()
+        # Those of a network in double precision are the same weights.
+        value = (value.float() if value.is_floating_point() else value).contiguous()
+        found.update(f"{name} {list(value.shape)}".encode())
+        found.update(value.numpy().data)
+    return found.hexdigest()
+
+
+def completed(network: nn.Module, weights: Mapping[str, Tensor], others: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Saved weights of some layers with the network's own of all others, which are those that they were saved for.
+
+    Args:
+        others: of what they are, in words (`of`), and their hash (`content`).
+
+    Raises:
+        ValueError: the network has other weights.
+    """
+    own = {_unwrapped(name): name for name in network.state_dict()}
+    given = {own[_unwrapped(name)]: value for name, value in weights.items() if _unwrapped(name) in own}
+    if len(given) < len(weights) or digest_of(network, without=given.keys()) != others.get("content"):
+        raise ValueError(f"it starts from the weights of {others.get('of')}, and here are others (network.weights)")
+    return {**dict(network.named_parameters()), **dict(network.named_buffers()), **given}
 
 
 def _unwrapped(name: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 # Settings that do not decide what is computed, or that runs of one experiment may differ in.
 TRIAL = 100  # outer steps: a run of fewer tried out whether it works
 APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback", "logger", "processes", "device")
-APART += ("dry_run", "returned")
+APART += ("dry_run", "returned", "piece")
 
 
 @dataclass(frozen=True)

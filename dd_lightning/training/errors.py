@@ -46,6 +46,7 @@ def _explanation(error: Exception, trainer: pl.Trainer) -> Exception | None:
         kept = last_good.kept(trainer) if last_good else "nothing was kept"
         return MemoryError(
             f"out of memory {at} ({' '.join(str(error).split())[:120]}); {kept}; "
-            "a chunk of networks, unroll=recompute, a smaller init.per_step or a smaller batch_size takes less"
+            "a chunk of networks, unroll=recompute, a smaller init.per_step, pieces of the real images (piece=64) "
+            "or a smaller batch_size takes less"
         )
     return None
