@@ -202,8 +202,8 @@ class DistilledData:
         """
         if self.initial_weights is not None:
             try:
-                others = self.card.get(OTHERS)
-                load_weights(network, completed(network, self.initial_weights, others) if others else self.initial_weights)
+                weights, others = self.initial_weights, self.card.get(OTHERS)
+                load_weights(network, completed(network, weights, others) if others else weights)
             except ValueError as error:
                 raise ValueError(f"these data were distilled for one fixed network; {error}") from error
         theta: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SmallNet, write_population
 from safetensors.torch import save_file
+from torchvision import models
 
 from dd_lightning import AlexCifarNet, DistilledData, LeNet
 from dd_lightning.commands.launch import CONF
@@ -182,6 +183,9 @@ def smaller(experiment):
         made += ["trainer.max_steps=4", "grow.stages=[1,2,3,4]"]  # one outer step a stage
     if experiment == "soft_cifar10_fixed_100":
         made += ["distilled.steps=1"]
+    if experiment.startswith("table3_"):  # other pictures and weights
+        made += ["dataset=packed", "dataset.path=cifar10.npz", "network=torchvision", "network.name=squeezenet1_1"]
+        made += ["network.weights=weights.safetensors"]
     return made
 
 
@@ -195,6 +199,8 @@ def test_every_experiment_runs(run, experiment, packed, tmp_path):
     for name, size, channels in pictures:
         packed(name, classes=10, size=size, channels=channels, train=180)
     packed("cifar100", classes=100, size=32, channels=3, train=400)
+    if experiment.startswith("table3_"):
+        save_file(models.squeezenet1_1().state_dict(), "weights.safetensors")
     overrides = ["trainer.max_steps=1", "init.per_step=1", "batch_size=8", "callbacks.held_out.test_networks=2"]
     overrides += ["callbacks.held_out.networks=1", "data_dir=.", "dataset.validation=15", "optimizer.lr=0.001"]
     overrides += smaller(experiment)

@@ -12,7 +12,7 @@ from torch import nn
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import LeNet, evaluating, forward_each
-from dd_lightning.objectives import Classification
+from dd_lightning.objectives import Classification, Poisoning
 from dd_lightning.outer import OuterLoss
 from dd_lightning.unroll import AdjointUnroll, OuterStep
 
@@ -63,6 +63,33 @@ def test_loss_and_gradient_are_those_of_a_plain_graph(network, shape, classes):
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(2 * loss, list(theta.values())) for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("piece", [1, 5, 12, 99])
+@pytest.mark.parametrize("objective", [Classification(), Poisoning(0, 2)], ids=["classification", "poisoning"])
+def test_pieces_of_the_minibatch_change_nothing(piece, objective):
+    """The last of five images is of two alone, and counts as two."""
+    network = LeNet(1, 16, 4).double()
+    theta = {n: v.requires_grad_() for n, v in RandomInit(per_step=2).sample(network, 0).items()}
+    images, labels = real(1, 16, 4)
+    losses = [OuterLoss(objective, piece=size)(network, theta, images, labels) for size in (piece, None)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for one, other in zip(*(torch.autograd.grad(loss, list(theta.values())) for loss in losses), strict=True):
+        assert (one - other).norm() <= 1e-8 * other.norm()
+    with pytest.raises(ValueError, match="piece must be a whole number of at least 1, not 0"):
+        OuterLoss(objective, piece=0)
+
+
+def test_a_network_sees_a_piece_at_a_time():
+    seen = []
+    network = LeNet(1, 16, 4)
+    network.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    theta = RandomInit().sample(network, 0)
+    images, labels = real(1, 16, 4, torch.float32)
+    OuterLoss(Classification(), piece=2)(network, theta, images[:2], labels[:2])
+    seen.clear()
+    OuterLoss(Classification(), piece=5)(network, theta, images, labels)
+    assert seen == [5, 5, 2]
 
 
 def test_bfloat16_is_near_and_not_the_same():

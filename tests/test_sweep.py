@@ -176,3 +176,5 @@ def test_every_number_of_the_paper_has_a_command_that_composes():
         assert (five.distilled.steps, five.distilled.images_per_class) == (1, 7)
         six = compose("evaluate", overrides=["sweep=fig6_baselines", "row=fig6_mnist", "column=kmeans"])
         assert (list(six.use.epochs), six.distilled.steps, six.objective.target_class) == ([1], 1, 1)
+        three = compose("evaluate", overrides=["sweep=table3_baselines", "row=voc", "column=average_real"])
+        assert (three.distilled.steps, three.distilled.epochs, three.network.name) == (1, 3, "alexnet")

@@ -1,7 +1,9 @@
-"""Networks that torchvision publishes: their last layer, their gradients, their weights from files, and data for them."""
+"""Networks that torchvision publishes: last layer, gradients, weights of files, and data for them."""
 
+import json
 import pickle
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from torchvision import models
 from torchvision.models._api import BUILTIN_MODELS
 
 from dd_lightning.distilled import OTHERS, DistilledData
+from dd_lightning.evaluation import FineTuning
 from dd_lightning.init import FixedInit, FixedPretrainedInit
 from dd_lightning.networks import TorchvisionNetwork, check_network, predict, unstack
+from dd_lightning.sources import Sets
 from dd_lightning.system.seeding import Stream
 from dd_lightning.unroll import AdjointUnroll, FunctionalUnroll, HigherUnroll
 
@@ -84,7 +88,11 @@ def test_a_new_last_layer_says_nothing_and_is_all_that_the_first_step_moves(name
     (first, second, _) = (unstack(theta)[0] for theta in FunctionalUnroll().trajectory(network, theta, data.steps()))
     start = unstack(theta)[0]
     of_head = {f"{head}.weight", f"{head}.bias"}
-    assert {n for n, value in first.items() if not torch.equal(value, start[n])} == of_head
+    # One image a class: biases that are equal stay so.
+    torch.testing.assert_close(first[f"{head}.bias"], start[f"{head}.bias"])
+    assert {n for n, value in first.items() if not torch.equal(value, start[n])} - {f"{head}.bias"} == {
+        f"{head}.weight"
+    }
     assert {n for n, value in second.items() if not torch.equal(value, first[n])} > of_head
     state = published.state_dict()
     for parameter, value in start.items():
@@ -198,14 +206,16 @@ def test_published_weights_come_from_torchvisions_cache_or_a_download(tmp_path, 
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"squeezenet1_1 could not be downloaded.*no route.*network.weights=FILE"):
+    with pytest.raises(
+        FileNotFoundError, match=r"squeezenet1_1 could not be downloaded.*no route.*network.weights=FILE"
+    ):
         TorchvisionNetwork("squeezenet1_1", num_classes=3, image_size=32)
     _, published, _ = made("squeezenet1_1", tmp_path, 3, 32)
     url = models.SqueezeNet1_1_Weights.DEFAULT.url
     torch.save(published.state_dict(), tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2])
     network = TorchvisionNetwork("squeezenet1_1", num_classes=3, image_size=32)
     assert torch.equal(network.module.features[0].weight, published.features[0].weight)
-    assert network.source == "squeezenet1_1, weights default"
+    assert network.source == "squeezenet1_1 with weights default"
 
 
 def test_the_last_layer_of_a_pretrained_network_may_be_drawn(tmp_path):
@@ -227,9 +237,9 @@ def test_the_last_layer_of_a_pretrained_network_may_be_drawn(tmp_path):
 
 def test_what_a_pretrained_init_refuses(tmp_path):
     init = FixedPretrainedInit(None)
-    with pytest.raises(ValueError, match="init.population=NAME_OR_PATH"):
+    with pytest.raises(ValueError, match=r"init\.population=NAME_OR_PATH"):
         init.check(SmallAlexNet(), (3, 64, 64), 3)
-    with pytest.raises(ValueError, match="network.weights=null brings no weights"):
+    with pytest.raises(ValueError, match=r"network\.weights=null brings no weights"):
         init.check(TorchvisionNetwork("small_alexnet", None, 3, 64, 3), (3, 64, 64), 3)
     with pytest.raises(ValueError, match="unknown head 'ones'; choose one of zeros, random"):
         FixedPretrainedInit(None, head="ones")
@@ -237,11 +247,11 @@ def test_what_a_pretrained_init_refuses(tmp_path):
 
 def test_data_name_the_weights_that_they_start_from_and_keep_the_last_layer_alone(tmp_path):
     network, _, path = made("small_alexnet", tmp_path)
-    theta, data = data_of(network)
+    _, data = data_of(network)
     init = FixedPretrainedInit(None, head="random")
     kept, others = init.kept(network)
     assert set(kept) == network.of_head
-    assert others["of"] == f"small_alexnet, weights {path}"
+    assert others["of"] == f"small_alexnet with weights {path}"
     data = DistilledData(data.images, data.labels, data.raw_learning_rates, {OTHERS: others}, kept)
     data.save(tmp_path / "distilled.safetensors")
     loaded = DistilledData.load(tmp_path)
@@ -255,7 +265,101 @@ def test_data_name_the_weights_that_they_start_from_and_keep_the_last_layer_alon
     restored.check(fresh, (3, 64, 64), 3)
     assert all(torch.equal(value, init.weights(network)[name]) for name, value in restored.weights(fresh).items())
     for wrong in (again, TorchvisionNetwork("small_alexnet", None, 3, 64, 3)):
-        with pytest.raises(ValueError, match="starts from the weights of small_alexnet, weights .*, and here are others"):
+        with pytest.raises(ValueError, match=r"start from small_alexnet with weights .* has other weights"):
             loaded.train(wrong)
-        with pytest.raises(ValueError, match="here are others"):
+        with pytest.raises(ValueError, match="has other weights"):
             FixedInit(weights=loaded.initial_weights, others=loaded.card[OTHERS]).check(wrong, (3, 64, 64), 3)
+
+
+@pytest.fixture
+def photos(packed, tmp_path, monkeypatch):
+    """What commands need: pictures of 32 pixels, and squeezenet1_1 with weights of a file."""
+    monkeypatch.chdir(tmp_path)
+    packed("photos", size=32, channels=3)
+    made("squeezenet1_1", tmp_path, 3, 32)
+    network = ("network=torchvision", "network.name=squeezenet1_1", "network.weights=squeezenet1_1.safetensors")
+    return ("dataset=packed", "dataset.path=photos.npz", "dataset.validation=10", *network, "init=fixed_pretrained")
+
+
+SHORT = ("unroll=functional", "trainer.max_steps=1", "batch_size=8", "distilled.learning_rate=0.001")
+
+
+def test_data_of_a_run_say_which_weights_they_are_for(run, photos, tmp_path):
+    code, error, folder = run("distill", *photos, *SHORT, "piece=3", "init.head=random")
+    assert (code, error) == (0, "")
+    data = DistilledData.load(folder)
+    assert data.initial_weights is not None
+    assert set(data.initial_weights) == {"module.classifier.1.weight", "module.classifier.1.bias"}
+    assert data.card[OTHERS]["of"] == "squeezenet1_1 with weights squeezenet1_1.safetensors"
+    result = json.loads((folder / "result.json").read_text())["test"]
+    code, error, again = run("evaluate", f"distilled.path={folder}", "use.controls=[]")
+    assert (code, error) == (0, "")
+    assert json.loads((again / "result.json").read_text())["test"] == result
+    (tmp_path / "squeezenet1_1.safetensors").rename("elsewhere.safetensors")
+    code, error, _ = run("evaluate", f"distilled.path={folder}")
+    assert (code, "no file of weights at squeezenet1_1.safetensors" in error) == (1, True)
+    line = (f"distilled.path={folder}", "use.controls=[]", "network.weights=elsewhere.safetensors")
+    code, error, again = run("evaluate", *line)
+    assert (code, error) == (0, "")
+    assert json.loads((again / "result.json").read_text())["test"] == result
+    save_file(models.squeezenet1_1().state_dict(), "elsewhere.safetensors")
+    code, error, _ = run("evaluate", *line)
+    assert code == 1
+    assert "start from squeezenet1_1 with weights squeezenet1_1.safetensors, and this network has other weights" in error
+    assert error.count("\n") <= 1
+
+
+def test_a_run_goes_on_with_the_same_weights_alone(run, photos):
+    code, error, folder = run("distill", *photos, *SHORT)
+    assert (code, error) == (0, "")
+    Path("squeezenet1_1.safetensors").rename("same.safetensors")
+    line = (*photos, *SHORT, "trainer.max_steps=2", f"resume={folder}", "network.weights=same.safetensors")
+    save_file(models.squeezenet1_1().state_dict(), "other.safetensors")
+    code, error, _ = run("distill", *line[:-1], "network.weights=other.safetensors")
+    assert (code, "another config: network.weights" in error) == (1, True)
+    code, error, _ = run("distill", *line)
+    assert (code, error) == (0, "")
+
+
+BAD = {
+    "network.name=squeezenet1_2": "torchvision has no classifier 'squeezenet1_2'; did you mean squeezenet1_",
+    "network.name=alexnet dataset.image_size=64": "holds the weights of another network than alexnet: it lacks",
+    "network.weights=photos.npz": "photos.npz is no state dictionary",
+    "network.weights=null": "network.weights=null brings no weights to start from",
+    "dataset.image_size=8": "squeezenet1_1 does not take pictures of 8 pixels",
+    "dataset.channels=1": "squeezenet1_1 takes pictures of 3 channels, not 1: dataset.channels=3",
+    "init.head=ones": "init: unknown head 'ones'; choose one of zeros, random",
+    "piece=0": "piece must be a whole number of at least 1, not 0",
+    "network=lenet": "say which trained networks: init.population=NAME_OR_PATH",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_input_in_one_line(run, photos, overrides):
+    line = [o for o in photos if not (overrides == "network=lenet" and o.startswith("network"))]
+    code, error, _ = run("distill", *line, *SHORT, *overrides.split())
+    assert code == 1
+    assert BAD[overrides] in error
+    assert error.startswith("dd-distill: error: ")
+    assert error.count("\n") <= 1
+
+
+def test_fine_tuning_trains_on_all_pictures_at_the_best_rate(evaluation):
+    fine_tuning = FineTuning([0.0001, 0.1], runs=3, epochs=4, batch_size=16)
+    outcome, again = (fine_tuning(evaluation, Sets([])) for _ in range(2))
+    assert outcome.details["learning_rate"] == 0.1
+    assert (outcome.networks, outcome.networks_chose) == (3, 1)
+    assert outcome.result.accuracies.shape == (3, 2)
+    assert outcome.result.mean > outcome.result.before + 30
+    assert torch.equal(outcome.result.accuracies, again.result.accuracies)
+    alone = FineTuning([0.1], runs=1)(evaluation, Sets([]))
+    assert (alone.networks_chose, "chosen" in alone.details) == (None, False)
+
+
+def test_runs_of_one_network_differ_in_their_minibatches(run, photos):
+    line = ("distilled=none", "use=fine_tuning", "use.runs=3", "use.epochs=2", "use.learning_rates=[0.01]")
+    code, error, folder = run("evaluate", *photos, *line, "use.batch_size=8")
+    assert (code, error) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    assert (len(result["test"]["accuracies"]), result["test"]["networks"]) == (3, 1)
+    assert result["use"]["runs"] == 3

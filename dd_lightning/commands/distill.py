@@ -52,6 +52,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         torch.set_num_threads(cfg.threads)
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
+    data.apart = cfg.piece is not None
     distiller = build_distiller(cfg, data)
     with named("optimizer, schedule"):
         check_outer(distiller)

@@ -106,7 +106,7 @@ def write_result(cfg: DictConfig, outcome: Outcome, seconds: float, folder: Path
         "row": choices.get("row"),
         "column": choices.get("column"),
         "set": cfg.distilled.get("path") or choices.get("distilled"),
-        "network": cfg.network._target_.rpartition(".")[2],
+        "network": cfg.network.get("name") or cfg.network._target_.rpartition(".")[2],
         "split": cfg.split,
         cfg.split: outcome.result.as_dict() | counts,
         "use": {"choice": choices.get("use"), **outcome.details},

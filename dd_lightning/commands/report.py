@@ -20,7 +20,7 @@ PAPER = Path(tables.__file__).with_name("paper.yaml")
 
 
 def report(cfg: DictConfig) -> int:
-    """Writes Tables 1 and 2, Figures 2 to 6, sets against architectures, and `report.html`.
+    """Writes Tables 1 to 3, Figures 2 to 6, sets against architectures, and `report.html`.
 
     Returns:
         How many numbers of the tables are missing.

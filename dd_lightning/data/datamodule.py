@@ -37,6 +37,9 @@ class RealData(pl.LightningDataModule):
         seed: of the order and the augmentation.
         zca: whitens all pictures by those of the training part; None leaves them as they are.
 
+    Attributes:
+        apart: whether cut pictures wait in the CPU's memory, to go to the device in pieces.
+
     Attributes (after `setup`): `train`, `validation`, `test` (`Pictures`), `preprocessing`, `num_classes`,
     `class_names` (None where classes have numbers alone), and `content`, a hash of the pictures and labels.
     """
@@ -45,7 +48,7 @@ class RealData(pl.LightningDataModule):
         super().__init__()
         check_count(batch_size=batch_size)
         self.dataset, self.batch_size, self.seed, self.zca = dataset, batch_size, seed, zca
-        self._ready = False
+        self.apart, self._ready = False, False
         self._epoch_order: tuple[int, Tensor] | None = None
 
     def prepare_data(self) -> None:
@@ -108,9 +111,9 @@ class RealData(pl.LightningDataModule):
         return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
     def finished(self, images: UInt8[Tensor, "batch c h w"], step: int) -> Batch:
-        """Normalised on the device, with their labels."""
+        """Normalised on the device (or `apart`), with their labels."""
         labels = self.train.labels
-        images = self.preprocessing(images.to(labels.device))
+        images = self.preprocessing(images if self.apart else images.to(labels.device))
         return images, labels[self.chosen(step).to(labels.device)]
 
     @property

@@ -2,6 +2,7 @@
 
 from dd_lightning.evaluation.adaptation import FewShotAdaptation, NoAdaptation
 from dd_lightning.evaluation.evaluator import Evaluation, Learner, Outcome
+from dd_lightning.evaluation.fine_tuning import FineTuning
 from dd_lightning.evaluation.fresh import Ordinary
 from dd_lightning.evaluation.grid import Grid
 from dd_lightning.evaluation.heldout import HeldOutResult, evaluate_held_out
@@ -11,6 +12,7 @@ from dd_lightning.evaluation.training import Training
 __all__ = [
     "Evaluation",
     "FewShotAdaptation",
+    "FineTuning",
     "Grid",
     "HeldOutResult",
     "KNearestNeighbours",

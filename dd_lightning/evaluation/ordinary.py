@@ -1,6 +1,6 @@
 """Ordinary training: fresh networks on shuffled minibatches, as people train on distilled data (Zhao et al., 2021)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from dd_lightning.data import Augment, Pictures, Preprocessing
+from dd_lightning.data import Augment, Batch, Pictures, Preprocessing
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation.evaluator import Learner, numpy
 from dd_lightning.networks import channels_last, frozen, memory_format, run_with, stack, training_without_dropout
@@ -108,8 +108,32 @@ def trained(
         weights: before training.
         counters: which network it is; minibatches and augmentation depend on the seed and these alone.
     """
-    fixed, seed, stream = frozen(network), protocol.seed, Stream.ORDINARY
+    seed, stream = protocol.seed, Stream.ORDINARY
     first, _ = examples.minibatch(torch.arange(min(2, len(examples))), generator(seed, stream, *counters))
+
+    def minibatches(epoch: int) -> Iterator[Batch]:
+        order = torch.randperm(len(examples), generator=generator(seed, stream, *counters, epoch))
+        for i, chosen in enumerate(order.split(protocol.batch_size)):
+            yield examples.minibatch(chosen, generator(seed, stream, *counters, epoch, i))
+
+    return trained_on(network, weights, minibatches, first, learning_rate, protocol)
+
+
+def trained_on(
+    network: nn.Module,
+    weights: dict[str, Tensor],
+    minibatches: Callable[[int], Iterable[Batch]],
+    first: Float[Tensor, "batch c h w"],
+    learning_rate: float,
+    protocol: Protocol,
+) -> dict[str, Tensor]:
+    """The weights of one network after training on these minibatches.
+
+    Args:
+        minibatches: of an epoch.
+        first: two images.
+    """
+    fixed = frozen(network)
     # On CPUs the gradient of group norm is slow in channels last.
     normed = any(isinstance(module, nn.GroupNorm) for module in network.modules())
     format = torch.contiguous_format if normed else memory_format(network, first)
@@ -122,9 +146,7 @@ def trained(
             if epoch == (protocol.epochs + 1) // 2:
                 for group in optimizer.param_groups:
                     group["lr"] = DECAY * learning_rate
-            order = torch.randperm(len(examples), generator=generator(seed, stream, *counters, epoch))
-            for i, chosen in enumerate(order.split(protocol.batch_size)):
-                images, labels = examples.minibatch(chosen, generator(seed, stream, *counters, epoch, i))
+            for images, labels in minibatches(epoch):
                 loss = F.cross_entropy(run_with(network, weights, images.to(memory_format=format)), labels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -149,8 +171,17 @@ def judge_trained(
     """
     (theta,) = learner.held_out(networks, stream, slice(index, index + 1))
     device = parts_of_pictures[0].labels.device
-    before = [learner.judged(stack([theta]), pictures) for pictures in parts_of_pictures]
-    theta = trained(learner.network, theta, examples.to(device), learning_rate, protocol, (int(stream), index))
-    after = [learner.judged(stack([theta]), pictures) for pictures in parts_of_pictures]
-    points = [{name: torch.stack([b[name], a[name]], 1) for name in b} for b, a in zip(before, after, strict=True)]
+    after = trained(learner.network, theta, examples.to(device), learning_rate, protocol, (int(stream), index))
+    return before_and_after(learner, theta, after, parts_of_pictures)
+
+
+def before_and_after(
+    learner: Learner, theta: dict[str, Tensor], after: dict[str, Tensor], parts_of_pictures: list[Pictures]
+) -> Result:
+    """One network judged before and after its training: each measure in %, [pictures, network, point]."""
+    points = [
+        {name: torch.stack([value, last[name]], 1) for name, value in first.items()}
+        for pictures in parts_of_pictures
+        for first, last in [[learner.judged(stack([one]), pictures) for one in (theta, after)]]
+    ]
     return numpy(stack(points))

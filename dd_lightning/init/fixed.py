@@ -84,7 +84,10 @@ class FixedInit(OneNetwork):
         return {name: weight for name, weight in given.items() if name not in buffers}
 
     def check(self, network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
-        shapes = {name: weight.shape for name, weight in self.weights(network).items()}
+        try:
+            shapes = {name: weight.shape for name, weight in self.weights(network).items()}
+        except ValueError as error:
+            raise ValueError(f"these data were distilled for one fixed network; {error}") from error
         if shapes != {name: p.shape for name, p in network.named_parameters()}:
             raise ValueError(
                 f"these data were distilled for one fixed network, whose weights do not fit {type(network).__name__} "

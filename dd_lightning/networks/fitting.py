@@ -41,7 +41,8 @@ def differing(
         own: None for a shape that is not known yet.
         optional: names that the network has, and that need not be given.
     """
-    found = [("it lacks", given.keys() - own.keys() - set(optional)), ("it has, and they lack,", own.keys() - given.keys())]
+    lacking, unknown = own.keys() - given.keys(), given.keys() - own.keys() - set(optional)
+    found = [("it lacks", unknown), ("it has, and they lack,", lacking)]
     wrong = [
         f"{name} is {list(shape)}, and {list(own[name] or ())} here"
         for name, shape in given.items()
@@ -76,8 +77,8 @@ def completed(network: nn.Module, weights: Mapping[str, Tensor], others: Mapping
     own = {_unwrapped(name): name for name in network.state_dict()}
     given = {own[_unwrapped(name)]: value for name, value in weights.items() if _unwrapped(name) in own}
     if len(given) < len(weights) or digest_of(network, without=given.keys()) != others.get("content"):
-        raise ValueError(f"it starts from the weights of {others.get('of')}, and here are others (network.weights)")
-    return {**dict(network.named_parameters()), **dict(network.named_buffers()), **given}
+        raise ValueError(f"they start from {others.get('of')}, and this network has other weights (network.weights)")
+    return {name: value.detach() for name, value in network.state_dict().items()} | given
 
 
 def _unwrapped(name: str) -> str:

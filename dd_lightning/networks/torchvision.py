@@ -17,7 +17,7 @@ IMAGENET = 1000  # classes
 
 
 class TorchvisionNetwork(nn.Module):
-    """A classifier of torchvision, whose last layer is replaced: weights 0 and biases 1 (Section S-1), one output a class.
+    """A classifier of torchvision, whose last layer is replaced by one of weights 0 and biases 1 (Section S-1).
 
     It stays in eval mode: dropout is off, and BatchNorm keeps the statistics that it came with, as in fine-tuning on
     few pictures. All weights train.
@@ -65,7 +65,7 @@ class TorchvisionNetwork(nn.Module):
             self.module.transform_input = True  # to the normalisation that these weights were made for
         self.module.set_submodule(head, _new_head(self.module.get_submodule(head), num_classes))
         self.head = f"module.{head}"
-        self.source = None if weights is None else f"{name}, weights {weights}"
+        self.source = None if weights is None else f"{name} with weights {weights}"
         self.content = None if weights is None else digest_of(self, without=self.of_head)
         self.train()
         _check_size(self, name, image_size)

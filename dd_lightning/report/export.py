@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dd_lightning.data import LABELS_FILE
-from dd_lightning.distilled import DistilledData
+from dd_lightning.distilled import OTHERS, DistilledData
 from dd_lightning.system.atomic import atomic_path, write_bytes
 
 
@@ -117,9 +117,7 @@ def explained(distilled: DistilledData, losses: str) -> str:
         order=order,
         optimizer=settings(card.get("inner", {"choice": "gd"})),
         augment=settings(card.get("augment", {"choice": "none"})),
-        initial=""
-        if distilled.initial_weights is None
-        else "  weights        start from initial_weights: the data are for this one network\n",
+        initial="" if distilled.initial_weights is None else f"  weights        start from {start_of(card)}\n",
         network=settings(card.get("network", {"choice": "not known"})),
         accuracy=tested,
     )
@@ -129,6 +127,13 @@ def named_classes(card: dict[str, Any]) -> str:
     """The names of the classes, where they have names."""
     names = card.get("class_names") or []
     return "\nCLASSES\n" * bool(names) + "".join(f"  {label:<15d}{name}\n" for label, name in enumerate(names))
+
+
+def start_of(card: dict[str, Any]) -> str:
+    """The weights that data for one network start from."""
+    if OTHERS in card:
+        return f"{card[OTHERS]['of']}; of its last layer from initial_weights"
+    return "initial_weights: the data are for this one network"
 
 
 def settings(entry: dict[str, Any]) -> str:

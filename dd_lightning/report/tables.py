@@ -1,4 +1,4 @@
-"""Tables 1 and 2 with our numbers beside the paper's."""
+"""Tables 1 to 3 with our numbers beside the paper's."""
 
 import csv
 import io
