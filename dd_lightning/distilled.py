@@ -40,8 +40,7 @@ class DistilledData:
         labels: class of each image; fixed (Section 3.1).
         raw_learning_rates: η̃ before the softplus that keeps it positive (Section S-1); not tied across epochs.
         card: what the data were made for: classes, preprocessing, network, init, objective, accuracy.
-        initial_weights: the network θ₀ for which the data were distilled, where it is one fixed network; of published
-            weights, which the card names, the last layer alone.
+        initial_weights: the network θ₀ of the data, where it is one fixed one; of published weights its last layer.
         soft_labels: real numbers for each class, used instead of `labels` where they were learned.
         order: which images an inner step sees, and at which rate.
         augment: what an inner step does to its images.

@@ -86,7 +86,8 @@ class OuterLoss:
             found, gradient = self._gradient(network, single, part, of_part.to(device))
             share = len(part) / len(images)
             loss = loss + share * found
-            torch._foreach_add_(total, gradient, alpha=share)
+            for one, other in zip(total, gradient, strict=True):
+                one.add_(other, alpha=share)
         return loss, total
 
     def _stemmed_gradients(self, stem: Stem, images: Tensor, labels: Tensor, theta: Weights) -> LossesAndGradient:

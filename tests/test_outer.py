@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from conftest import SmallNet
 from torch import nn
 
+from dd_lightning.data import Pictures
 from dd_lightning.distilled import DistilledData
+from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import RandomInit
 from dd_lightning.networks import LeNet, evaluating, forward_each
 from dd_lightning.objectives import Classification, Poisoning
@@ -168,3 +170,19 @@ def test_a_cuda_graph_gives_the_same_gradient_step_after_step():
             parameters[0].add_(0.1)
     assert step.capture
     assert len(step._graphs) == 1
+
+
+def test_pictures_that_go_in_pieces_wait_where_they_were_cut(data):
+    """The device is one without memory: what is moved there shows."""
+    cut = data.train.images[:16]
+    data.train = Pictures(data.train.images, data.train.labels.to("meta"))
+    found = {}
+    for data.apart in (True, False):
+        batch = data.finished(cut, 0)
+        distilled = DistilledData.create(torch.randn(1, 3, 1, 6, 6), torch.arange(3)[None])
+        options = {"piece": 4 if data.apart else None}
+        parts = (SmallNet(), RandomInit(), AdjointUnroll(), Classification(), torch.optim.Adam)
+        distiller = DatasetDistiller(distilled, *parts, **options)
+        moved, _ = distiller.transfer_batch_to_device(batch, torch.device("meta"), 0)
+        found[data.apart] = batch[0].device.type, moved.device.type
+    assert found == {True: ("cpu", "cpu"), False: ("meta", "meta")}

@@ -65,7 +65,7 @@ def digest_of(network: nn.Module, without: Collection[str] = ()) -> str:
     return found.hexdigest()
 
 
-def completed(network: nn.Module, weights: Mapping[str, Tensor], others: Mapping[str, Any]) -> dict[str, Tensor]:
+def completed(network: nn.Module, weights: Mapping[str, Tensor], others: Any) -> dict[str, Tensor]:
     """Saved weights of some layers with the network's own of all others, which are those that they were saved for.
 
     Args:
@@ -74,6 +74,7 @@ def completed(network: nn.Module, weights: Mapping[str, Tensor], others: Mapping
     Raises:
         ValueError: the network has other weights.
     """
+    others = others if isinstance(others, Mapping) else {}  # a card is data from elsewhere
     own = {_unwrapped(name): name for name in network.state_dict()}
     given = {own[_unwrapped(name)]: value for name, value in weights.items() if _unwrapped(name) in own}
     if len(given) < len(weights) or digest_of(network, without=given.keys()) != others.get("content"):

@@ -62,7 +62,8 @@ class TorchvisionNetwork(nn.Module):
         if weights is not None and weights != DEFAULT:
             _load(self.module, head, Path(weights).expanduser(), name)
         if weights is not None and hasattr(self.module, "transform_input"):
-            self.module.transform_input = True  # to the normalisation that these weights were made for
+            # To the normalisation that these weights were made for.
+            self.module.transform_input = True  # type: ignore[assignment]
         self.module.set_submodule(head, _new_head(self.module.get_submodule(head), num_classes))
         self.head = f"module.{head}"
         self.source = None if weights is None else f"{name} with weights {weights}"
