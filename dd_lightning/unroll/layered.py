@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from dd_lightning.networks import Tracer, Weights, channels_last, frozen, stack, unstack
 from dd_lightning.unroll import plain, stacked
@@ -46,8 +45,7 @@ class LayeredGradient(StepGradient):
                     activation[node] = activation[node.all_input_nodes[0]]
                     continue
                 # By argument: `all_input_nodes` names what is taken twice, as in y + y, once.
-                taken = tree_leaves(node.args)
-                self._layers.append((layer, [activation[n] for n in taken if isinstance(n, fx.Node)]))
+                self._layers.append((layer, [activation[n] for n in node.args if isinstance(n, fx.Node)]))
                 activation[node] = len(self._layers)
 
     def _gradient(self, theta: Weights, x: Tensor, labels: Tensor, again: bool) -> tuple[Weights, Any]:

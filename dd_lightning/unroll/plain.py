@@ -197,11 +197,6 @@ def group_norm(module: nn.GroupNorm, names: tuple[str, ...]) -> Layer:
     return Differentiated(function, names)
 
 
-def adaptive_avg_pool2d(module: nn.AdaptiveAvgPool2d) -> Layer:
-    """`nn.AdaptiveAvgPool2d`."""
-    return Differentiated(module)
-
-
 def avg_pool2d(module: nn.AvgPool2d) -> Layer:
     """`nn.AvgPool2d`."""
     return Differentiated(module)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dd_lightning.unroll import layers
+from dd_lightning.unroll import layers, plain
 from dd_lightning.unroll.layers import Layer, UnsupportedLayerError
 
 
@@ -30,8 +30,6 @@ def rule(node: fx.Node, modules: dict[str, nn.Module], rules: ModuleType) -> Lay
             # What a layer takes is kept for its other passes, and never changed in place.
             kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
             return layers.Differentiated(partial(function, **kwargs) if kwargs else function)
-        if node.target is torch.cat:
-            return _concatenated(node)
         if node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, torch.flatten):
             return _function_rule(node.target, options, node.kwargs, rules)
         raise UnsupportedLayerError(getattr(node.target, "__name__", str(node.target)))
@@ -40,14 +38,6 @@ def rule(node: fx.Node, modules: dict[str, nn.Module], rules: ModuleType) -> Lay
     if node.op == "call_method" and node.target == "relu":
         return layers.ReLU()
     raise UnsupportedLayerError(str(node.target))
-
-
-def _concatenated(node: fx.Node) -> Layer:
-    """Channels or features side by side, which are axis 1 however activations are laid out."""
-    parts, axis = node.args[0], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if axis != 1 or not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
-        raise UnsupportedLayerError("torch.cat, but of channels")
-    return layers.Differentiated(lambda *xs: torch.cat(xs, 1))
 
 
 def _function_rule(function: Any, options: list[Any], kwargs: dict[str, Any], rules: ModuleType) -> Layer:
@@ -75,8 +65,8 @@ def _module_rule(name: str, module: nn.Module, rules: ModuleType) -> Layer | Non
             return rules.MaxPool2d(*options, module.return_indices)
         case nn.AvgPool2d():
             return rules.avg_pool2d(module)
-        case nn.AdaptiveAvgPool2d():
-            return rules.adaptive_avg_pool2d(module)
+        case nn.AdaptiveAvgPool2d() if rules is plain:
+            return layers.Differentiated(module)
         case nn.LocalResponseNorm():
             return rules.local_response_norm(module)
         case nn.GroupNorm():

@@ -286,11 +286,6 @@ def group_norm(module: nn.GroupNorm, names: tuple[str, ...]) -> Layer:
     return Differentiated(function, names)
 
 
-def adaptive_avg_pool2d(module: nn.AdaptiveAvgPool2d) -> Layer:
-    """`nn.AdaptiveAvgPool2d`: none; what is this large is no faster for many networks at once."""
-    raise UnsupportedLayerError("adaptive average pooling")
-
-
 def avg_pool2d(module: nn.AvgPool2d) -> Layer:
     """`nn.AvgPool2d`, without padding."""
     if pair(module.padding) != (0, 0) or module.ceil_mode or module.divisor_override:
