@@ -113,6 +113,21 @@ def test_a_table_holds_ours_beside_the_papers(tmp_path):
     assert all(line.count("&") == 8 for line in tex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
 
 
+def test_a_number_of_other_pictures_or_another_network_says_so(tmp_path):
+    folder = write_run(tmp_path / "a", [50.0], "table3_voc")
+    instead = [
+        "experiment=table3_voc",
+        "dataset=folder",
+        "dataset.path=x",
+        "network=torchvision",
+        "network.name=resnet18",
+    ]
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(instead))
+    table = make_table("table3", yaml.safe_load(PAPER.read_text())["tables"]["table3"], find_runs([tmp_path]))
+    expected = "50.0 (dataset=folder, network=torchvision, network.name=resnet18)"
+    assert table.cells["voc", "fixed"].ours_text == expected
+
+
 def test_counts_of_networks_are_shown_where_they_are_known():
     """Results of before have no `networks_chose`, and those of sets count values as networks."""
 
@@ -208,7 +223,7 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
     checker.feed(text)
     assert checker.open == []
     assert checker.images == checker.figures == checker.captions > 8
-    assert checker.tables == 5 + 5  # of the paper, and of the field
+    assert checker.tables == 6 + 5  # of the paper, and of the field
     assert len(set(checker.ids)) == len(checker.ids)
     assert {link[1:] for link in checker.links} <= set(checker.ids)
     assert "://" not in text

@@ -73,6 +73,11 @@ class Run:
         said = any(o.startswith("trainer.max_steps=") for o in self.overrides) or self.result.get("stopped_early")
         return f"{self.result['outer_steps']:,} outer steps" if said and "outer_steps" in self.result else ""
 
+    @property
+    def instead(self) -> list[str]:
+        """Another data set or network than its experiment or row says, as the command line named them."""
+        return [o for o in self.overrides if o.startswith(("dataset=", "network=", "network.name="))]
+
     @cached_property
     def time(self) -> float:
         return (self.folder / "result.json").stat().st_mtime

@@ -31,8 +31,9 @@ class Cell:
     def ours_text(self) -> str:
         if self.ours is None:
             return ""
-        shortened = self.ours.runs[0].shortened
-        return number(self.ours.mean, self.ours.std) + (f" ({shortened})" if shortened else "")
+        newest = self.ours.runs[0]
+        notes = ", ".join([*([newest.shortened] if newest.shortened else []), *newest.instead])
+        return number(self.ours.mean, self.ours.std) + (f" ({notes})" if notes else "")
 
     @property
     def difference_text(self) -> str:
