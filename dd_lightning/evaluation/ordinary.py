@@ -179,9 +179,8 @@ def before_and_after(
     learner: Learner, theta: dict[str, Tensor], after: dict[str, Tensor], parts_of_pictures: list[Pictures]
 ) -> Result:
     """One network judged before and after its training: each measure in %, [pictures, network, point]."""
-    points = [
-        {name: torch.stack([value, last[name]], 1) for name, value in first.items()}
-        for pictures in parts_of_pictures
-        for first, last in [[learner.judged(stack([one]), pictures) for one in (theta, after)]]
-    ]
+    points = []
+    for pictures in parts_of_pictures:
+        first, last = (learner.judged(stack([one]), pictures) for one in (theta, after))
+        points.append({name: torch.stack([value, last[name]], 1) for name, value in first.items()})
     return numpy(stack(points))
