@@ -259,10 +259,16 @@ def test_impossible_grids_are_refused(wrong):
 
 
 def test_every_share_of_pictures_comes_in_turn(data):
-    seen = torch.cat([share(data.validation, i, 4).labels for i in range(3)])
-    assert torch.equal(seen, data.validation.labels)
-    assert torch.equal(share(data.validation, 3, 4).labels, data.validation.labels[:4])
-    assert len(share(data.validation, 0, 100)) == 12
+    numbered = Pictures(data.validation.images, torch.arange(12))
+    seen = torch.cat([share(numbered, i, 4).labels for i in range(3)])
+    assert torch.equal(seen.sort().values, numbered.labels)
+    assert torch.equal(share(numbered, 3, 4).labels, seen[:4])
+    assert len(share(numbered, 0, 100)) == 12
+
+
+def test_a_share_of_pictures_that_lie_class_by_class_holds_every_class():
+    sorted_by_class = Pictures(torch.zeros(300, 1, 2, 2, dtype=torch.uint8), torch.arange(300) // 100)
+    assert share(sorted_by_class, 0, 60).labels.bincount().min() > 10
 
 
 def test_the_best_combination_is_the_most_accurate():

@@ -16,7 +16,7 @@ from dd_lightning.evaluation.heldout import count_choosing
 from dd_lightning.evaluation.learning_rates import learn_rates
 from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_count, check_positive
-from dd_lightning.system.seeding import Stream
+from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.workers import Result
 
 LEARNED = "learned"
@@ -168,9 +168,12 @@ def constant(learning_rate: float | str, epochs: int, steps: int) -> Float[Tenso
 
 
 def share(pictures: Pictures, index: int, size: int) -> Pictures:
-    """The `index`-th share of `size` pictures, begun again after the last."""
-    chosen = (index * size + torch.arange(min(size, len(pictures)))) % len(pictures)
-    return pictures[chosen]
+    """The `index`-th share of `size` pictures, begun again after the last.
+
+    In an order of their own: files lie class by class, and a share must hold them all.
+    """
+    order = torch.randperm(len(pictures), generator=generator(0, Stream.SPLIT, 1))
+    return pictures[order[(index * size + torch.arange(min(size, len(pictures)))) % len(pictures)]]
 
 
 def best(means: Result, least_attack_share: float = 0.0) -> int:
