@@ -4,11 +4,12 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -24,18 +25,18 @@ from dd_lightning.data import Digits, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import RandomInit
-from dd_lightning.networks import AlexCifarNet, LeNet, split
+from dd_lightning.networks import AlexCifarNet, LeNet, Weights, split
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.training.callbacks import LastGood, ProgressBar
-from dd_lightning.unroll import FunctionalUnroll, Unroll
+from dd_lightning.unroll import FunctionalUnroll, OuterStep, Unroll
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "lenet": (LeNet, (1, 28, 28)),
     "alexcifarnet": (AlexCifarNet, (3, 32, 32)),
 }
-PARTS = ("init", "inner", "outer", "backward", "update")
+PARTS = ("init", "inner", "outer", "backward", "recorded", "update")
 
 
 @dataclass
@@ -43,22 +44,32 @@ class Measured:
     """Seconds of each part of each timed step, and the peak of tensors above what was held before, in bytes."""
 
     seconds: list[dict[str, float]] = field(default_factory=list)
-    peak: int = 0
+    peak: int | None = None
     failure: str | None = None
 
-    def median(self, part: str) -> float:
-        return statistics.median(step[part] for step in self.seconds)
+    def median(self, part: str) -> float | None:
+        """Seconds of a part, None if it is no part of these steps."""
+        return statistics.median(step[part] for step in self.seconds) if part in self.seconds[0] else None
+
+    @property
+    def totals(self) -> list[float]:
+        return [sum(step.values()) for step in self.seconds]
 
     @property
     def total(self) -> float:
-        return statistics.median(sum(step.values()) for step in self.seconds)
+        return statistics.median(self.totals)
 
 
 class Engine(NamedTuple):
-    """How an outer step is computed."""
+    """How an outer step is computed.
+
+    Attributes:
+        capture: on a GPU, as one CUDA graph.
+    """
 
     unroll: Unroll
     outer_loss: OuterLoss
+    capture: bool = False
 
 
 class BareStep:
@@ -81,14 +92,26 @@ class BareStep:
         start.images.requires_grad_()
         start.raw_learning_rates.requires_grad_()
         self.optimizer = torch.optim.Adam([start.images, start.raw_learning_rates], lr=1e-6)
-        self.real = torch.randn(batch_size, *shape, device=device), torch.randint(10, (batch_size,), device=device)
+        self.parameters = [start.images, start.raw_learning_rates]
+        # Drawn on the CPU: the same on every device.
+        pictures, classes = torch.randn(batch_size, *shape), torch.randint(10, (batch_size,))
+        self.real = pictures.to(device), classes.to(device)
         self.count = 0
+        self._steps: dict[Engine, OuterStep] = {}
 
     def run(self, engine: Engine) -> dict[str, float]:
-        """Seconds of each part."""
+        """Seconds of each part, of which a recorded step is one."""
         clock = Clock(self.device)
         theta_0 = self.init.sample(self.network, self.count)
         clock.lap("init")
+        (self._recorded if engine.capture else self._in_parts)(engine, theta_0, clock)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        clock.lap("update")
+        self.count += 1
+        return clock.laps
+
+    def _in_parts(self, engine: Engine, theta_0: Weights, clock: "Clock") -> None:
         # As in training, networks that are not batched are unrolled one by one, so that memory holds the graph of one.
         together = self.init.per_step if engine.unroll.batched else 1
         parts = split(theta_0, together)
@@ -97,26 +120,41 @@ class BareStep:
             clock.lap("inner")
             loss = engine.outer_loss(self.network, theta_T, *self.real) / len(parts)
             clock.lap("outer")
-            loss.backward(inputs=[self.distilled.images, self.distilled.raw_learning_rates])
+            loss.backward(inputs=self.parameters)
             clock.lap("backward")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        clock.lap("update")
-        self.count += 1
-        return clock.laps
+
+    def _recorded(self, engine: Engine, theta_0: Weights, clock: "Clock") -> None:
+        _, gradients = self.recorded(engine)((theta_0, *self.real), self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = (gradient / self.init.per_step).to(parameter.dtype)
+        clock.lap("recorded")
+
+    def recorded(self, engine: Engine) -> OuterStep:
+        """The outer step as training has it, on a GPU recorded when it is first called."""
+
+        def loss(theta_0: Weights, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            theta_T = engine.unroll(self.network, theta_0, self.distilled.steps())
+            return engine.outer_loss(self.network, theta_T, pictures, labels)
+
+        if engine not in self._steps:
+            self._steps[engine] = OuterStep(loss, None if engine.unroll.batched else 1)
+        return self._steps[engine]
 
 
-def gradient(unroll: Unroll, device: torch.device) -> torch.Tensor:
-    """Of a tiny outer step in double precision, with respect to the images: the same by every engine, to rounding."""
+def gradient(
+    unroll: Unroll, device: torch.device, network: str = "lenet", dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Of a tiny outer step with respect to the images: the same by every engine and on every device, to rounding."""
     torch.manual_seed(0)
-    step = BareStep("lenet", 2, 2, 4, device)
-    network, (pictures, labels) = step.network.double(), step.real
-    theta_0 = {name: weight.double() for name, weight in step.init.sample(network, 0).items()}
-    images = step.distilled.images.detach().double().requires_grad_()
-    rates = step.distilled.raw_learning_rates.detach().double().requires_grad_()
+    step = BareStep(network, 2, 2, 4, device)
+    network_64, (pictures, labels) = step.network.double(), step.real
+    theta_0 = {name: weight.to(dtype) for name, weight in step.init.sample(network_64, 0).items()}
+    module = network_64.to(dtype)
+    images = step.distilled.images.detach().to(dtype).requires_grad_()
+    rates = step.distilled.raw_learning_rates.detach().to(dtype).requires_grad_()
     distilled = replace(step.distilled, images=images, raw_learning_rates=rates)
-    theta_T = unroll(network, theta_0, distilled.steps())
-    loss = OuterLoss(Classification())(network, theta_T, pictures.double(), labels)
+    theta_T = unroll(module, theta_0, distilled.steps())
+    loss = OuterLoss(Classification())(module, theta_T, pictures.to(dtype), labels)
     return torch.autograd.grad(loss, images)[0]
 
 
@@ -153,36 +191,55 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"), default=0)
 
 
-def measure(step: BareStep, engines: dict[str, Engine], repeats: int, title: str) -> dict[str, Measured]:
-    """The engines in turn, after two steps of each that are not timed; the second gives the peak of memory."""
-    measured = {name: Measured() for name in engines}
+def measure(
+    step: BareStep,
+    engines: dict[str, Engine],
+    repeats: int,
+    title: str,
+    others: Mapping[str, Callable[[], dict[str, float]]] = MappingProxyType({}),
+) -> dict[str, Measured]:
+    """The engines in turn, after two steps of each that are not timed; the second gives the peak of memory.
+
+    Args:
+        others: what else is timed, in the same turns: gives the seconds of its parts.
+    """
+    runs = {name: partial(step.run, engine) for name, engine in engines.items()} | dict(others)
+    measured = {name: Measured() for name in runs}
     for repeat in track(range(repeats + 1), description=title, console=get_console(), transient=True):
-        for name, engine in engines.items():
+        for name, run in runs.items():
             result = measured[name]
             if result.failure:
                 continue
             try:
                 if repeat == 0:
-                    step.run(engine)  # the first makes what stays: traces, the optimizer's state
-                    result.peak = peak_memory(step.device, lambda engine=engine: step.run(engine))
+                    if name not in engines or not engines[name].capture:  # a recorded step's memory stays
+                        run()  # the first makes what stays: traces, the optimizer's state
+                    result.peak = peak_memory(step.device, run) if name in engines else None
                 else:
-                    result.seconds.append(step.run(engine))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                result.failure = "out of memory"
+                    result.seconds.append(run())
+            except Exception as error:  # of this one; the others go on
+                message = " ".join(str(error).split())[:200] or type(error).__name__
+                result.failure = "out of memory" if is_out_of_memory(error) else message
                 step.optimizer.zero_grad()
                 gc.collect()
     return measured
 
 
-def ratio(m: Measured, measured: dict[str, Measured]) -> float | None:
-    """How many times faster than the first engine; the median over pairs timed one after the other."""
-    first = next(iter(measured.values()))
-    if first.failure or m.failure:
+class Ratio(NamedTuple):
+    """How many times faster: the median over pairs timed one after the other, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(m: Measured, of: Measured | None) -> Ratio | None:
+    """How many times faster than `of`."""
+    if of is None or of.failure or m.failure:
         return None
-    pairs = zip(first.seconds, m.seconds, strict=True)
-    return statistics.median(sum(one.values()) / sum(other.values()) for one, other in pairs)
+    pairs = [one / other for one, other in zip(of.totals, m.totals, strict=True)]
+    low, median, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
+    return Ratio(median, low, high)
 
 
 def framework(batch_size: int, outer_steps: int, device: torch.device, folder: Path) -> dict[str, float]:
