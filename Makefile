@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-all lint types install clean
+.PHONY: help demo doctor gpu-check test test-all lint types install clean
 
 help: ## list all targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -13,6 +13,9 @@ demo: install ## distil ten images from embedded digits, half a minute
 
 doctor: install ## say what is installed, what is there and what is broken, for a bug report
 	$(BIN)/dd-doctor
+
+gpu-check: install ## all that the CUDA paths promise, in eight minutes on one GPU
+	$(BIN)/dd-doctor --gpu
 
 test: install ## run the tests (a few minutes)
 	$(BIN)/pytest -n auto

@@ -24,6 +24,12 @@ from dd_lightning.unroll import FunctionalUnroll
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture
 def packed(tmp_path):
     """Writes a packed data set of easily told classes; keyword arguments replace its arrays."""

@@ -203,7 +203,7 @@ def test_frozen_parameters_are_not_drawn(scheme):
     assert RandomInit(scheme).draw(network, Stream.INIT)["conv1.weight"].data_ptr() != network.conv1.weight.data_ptr()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_gpu_draws_the_same_weights():
     network = SmallViT()
     expected = RandomInit().draw(network, Stream.INIT)

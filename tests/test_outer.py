@@ -157,7 +157,7 @@ def test_what_cannot_be_captured_runs_all_the_same(monkeypatch, caplog):
     assert not step.capture
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_cuda_graph_gives_the_same_gradient_step_after_step():
     step, theta_0, (images, labels), parameters = outer_step("cuda")
     for _ in range(3):

@@ -101,7 +101,7 @@ def test_gradients_of_many_networks_at_once_are_those_of_each(network, shape):
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_networks_are_trained_on_a_gpu_as_on_a_cpu(data, precision):
     recipe = Recipe(1, 1e-3, 1, precision=precision)

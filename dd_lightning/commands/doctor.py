@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,15 +114,41 @@ def examined(check: Callable[[], Found]) -> Found:
         return BROKEN, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("dd-doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.parse_args()
-    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+def check_all() -> list[str]:
+    """Prints the page; the names of what is broken."""
     broken = []
     for name, check in CHECKS.items():
         mark, text = examined(check)
         print(f"{mark:6} {name:12} {without_secrets(text)}", flush=True)
         broken += [name] * (mark == BROKEN)
+    return broken
+
+
+def check_gpu(name: str) -> list[str]:
+    """What the GPU paths promise, of the device of that name; the names of the lines that are broken."""
+    import torch
+
+    from dd_lightning.commands.gpu import prove
+
+    if name == "cuda" and not torch.cuda.is_available():
+        print(
+            "torch sees no GPU here: nothing is checked (`dd-doctor --gpu cpu` goes through the same lines, in small)"
+        )
+        return []
+    folder = Path(os.environ.get("DD_RUNS_DIR", "runs"), "gpu", time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
+    folder.mkdir(parents=True)
+    broken = prove(name, folder)
+    print(f"saved in {os.path.relpath(folder)}: gpu.json")
+    return broken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("dd-doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    asked = "instead: all that the CUDA paths promise, on this device (cuda), in eight minutes"
+    parser.add_argument("--gpu", nargs="?", const="cuda", metavar="DEVICE", help=asked)
+    arguments = parser.parse_args()
+    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+    broken = check_all() if arguments.gpu is None else check_gpu(arguments.gpu)
     sys.exit(f"dd-doctor: broken: {', '.join(broken)}" if broken else 0)
 
 

@@ -5,8 +5,9 @@ import logging
 import platform
 import re
 import sys
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -95,6 +96,9 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    packages = ("dd_lightning", "torch", "torchvision", "pytorch-lightning", "higher")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Of what computes; a checkout that is not installed has none."""
+    found = {"python": platform.python_version()}
+    for name in ("dd_lightning", "torch", "torchvision", "pytorch-lightning", "higher"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
