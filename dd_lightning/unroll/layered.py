@@ -52,7 +52,7 @@ class LayeredGradient(StepGradient):
         """∇ℓ for x as the first layer takes it.
 
         Args:
-            labels: classes, to broadcast against logits, whose axis 1 is the classes; or real numbers, laid out alike.
+            labels: classes [batch], or real numbers [batch, classes].
         """
         activations, saved = [x], []
         for layer, inputs in self._layers:
@@ -60,7 +60,7 @@ class LayeredGradient(StepGradient):
             activations.append(y)
             saved.append(kept)
         logits = activations[self._output]
-        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
+        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         wrong, total, images = _errors(probabilities, labels)
         adjoints: list[Tensor | None] = [None] * len(activations)
         adjoints[self._output] = (wrong / images).to(logits.dtype)
@@ -87,7 +87,7 @@ class LayeredGradient(StepGradient):
             tangents[index + 1], kept = layer.tangent(w, saved[index], v, [tangents[i] for i in inputs])
             tsaved.append(kept)
         moved = probabilities * tangents[self._output]
-        mean = moved.sum(1, keepdim=True)
+        mean = moved.sum(-1, keepdim=True)
         moved = moved - probabilities * mean
         grad_labels = None if total is None else (mean - tangents[self._output]) / images
         eadjoints: list[Tensor | None] = [None] * len(adjoints)
@@ -124,12 +124,12 @@ class StackedGradient(LayeredGradient):
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
         x = images.permute(1, 2, 3, 0).contiguous()[None, :, None]
-        return self._gradient(theta, x, labels.T[None] if labels.is_floating_point() else labels, again)
+        return self._gradient(theta, x, labels, again)
 
     @torch.no_grad()
     def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
         hessian, grad_x, grad_labels = self._derivative(tape, direction)
-        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2), None if grad_labels is None else grad_labels.sum(0).T
+        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2), None if grad_labels is None else grad_labels.sum(0)
 
 
 class PlainGradient(LayeredGradient):
@@ -143,8 +143,7 @@ class PlainGradient(LayeredGradient):
 
     @torch.no_grad()
     def __call__(self, theta: Weights, images: Images, labels: Labels, again: bool) -> tuple[Weights, Any]:
-        y = labels if labels.is_floating_point() else labels[:, None]
-        found = [self._gradient(single, channels_last(images), y, again) for single in unstack(theta)]
+        found = [self._gradient(single, channels_last(images), labels, again) for single in unstack(theta)]
         gradients, tapes = zip(*found, strict=True)
         return stack(list(gradients)), tapes
 
@@ -159,11 +158,11 @@ class PlainGradient(LayeredGradient):
 def _errors(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """p Σy − y, which is ∂ℓ/∂logits times the number of images; Σy of labels that are real numbers; that number."""
     if labels.is_floating_point():
-        total = labels.sum(1, keepdim=True)
-        return probabilities * total - labels, total, labels.numel() // labels.shape[1]
-    classes = torch.arange(probabilities.shape[1], device=labels.device)
-    truth = labels == classes.view(-1, *(1,) * (probabilities.ndim - 2))
-    return probabilities - truth.to(probabilities.dtype), None, labels.numel()
+        total = labels.sum(-1, keepdim=True)
+        return probabilities * total - labels, total, len(labels)
+    classes = torch.arange(probabilities.shape[-1], device=labels.device)
+    truth = labels[:, None] == classes
+    return probabilities - truth.to(probabilities.dtype), None, len(labels)
 
 
 def _accumulate(adjoints: list[Tensor | None], inputs: list[int], found: list[Tensor | None]) -> None:

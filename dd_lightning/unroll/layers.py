@@ -90,24 +90,57 @@ class ReLU(Layer):
         return [None if ey is None else _relu_mask(ey, saved, 0)], []
 
 
+class Linear(Layer):
+    """`nn.Linear`, of vectors [batch, feature] of one network or [init, batch, feature] of many."""
+
+    def __init__(self, name: str, bias: bool) -> None:
+        self.names = (f"{name}.weight", f"{name}.bias") if bias else (f"{name}.weight",)
+
+    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
+        return self._product(w, xs[0]), xs[0]
+
+    def _product(self, w: Tensors, x: Tensor) -> Tensor:
+        y = x @ w[0].mT
+        return y.add_(w[1].unsqueeze(-2)) if len(w) > 1 else y
+
+    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
+        return [dy @ w[0] if wanted else None], [dy.mT @ saved, dy.sum(-2)][: len(w)]
+
+    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
+        ty = self._product(tw, saved)
+        return (ty if txs[0] is None else _added(ty, txs[0], w[0].mT)), txs[0]
+
+    def backward_tangent(
+        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
+    ) -> tuple[list[Tensor | None], Tensors]:
+        ey = torch.zeros_like(dy) if ey is None else ey
+        ex, ew = _added(dy @ tw[0], ey, w[0]), ey.mT @ saved
+        if tsaved is not None:
+            _added(ew, dy.mT, tsaved)
+        return [ex if len(ex) == len(saved) else ex.sum(0, keepdim=True)], [ew, ey.sum(-2)][: len(w)]
+
+
+def _added(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """to + a @ b, in place."""
+    return to.addmm_(a, b) if to.ndim == 2 else to.baddbmm_(a, b)
+
+
 class Reshaped(Layer):
     """The same numbers in another shape, such as flattened.
 
     Args:
         function: that reshapes.
-        restored: what is done to what has the first shape again, such as bringing it to a memory format.
+        inverse: of what has the new shape, and the first shape.
     """
 
-    def __init__(
-        self, function: Callable[[Tensor], Tensor], restored: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> None:
-        self.function, self.restored = function, restored
+    def __init__(self, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor, torch.Size], Tensor]) -> None:
+        self.function, self.inverse = function, inverse
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
         return self.function(xs[0]), xs[0].shape
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [self.restored(dy.reshape(saved)) if wanted else None], []
+        return [self.inverse(dy, saved) if wanted else None], []
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         return (None if txs[0] is None else self.function(txs[0])), None
@@ -115,7 +148,7 @@ class Reshaped(Layer):
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
     ) -> tuple[list[Tensor | None], Tensors]:
-        return [None if ey is None else self.restored(ey.reshape(saved))], []
+        return [None if ey is None else self.inverse(ey, saved)], []
 
 
 class Differentiated(Layer):

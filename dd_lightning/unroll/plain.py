@@ -67,33 +67,6 @@ class Conv2d(Layer):
         return [ex], ew  # type: ignore[return-value]
 
 
-class Linear(Layer):
-    """`nn.Linear`, of vectors."""
-
-    def __init__(self, name: str, bias: bool) -> None:
-        self.names = (f"{name}.weight", f"{name}.bias") if bias else (f"{name}.weight",)
-
-    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        return F.linear(xs[0], *w), xs[0]
-
-    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [dy @ w[0] if wanted else None], [dy.t() @ saved, dy.sum(0)][: len(w)]
-
-    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
-        ty = F.linear(saved, *tw)
-        return (ty if txs[0] is None else ty.addmm_(txs[0], w[0].T)), txs[0]
-
-    def backward_tangent(
-        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
-    ) -> tuple[list[Tensor | None], Tensors]:
-        ex, ey = dy @ tw[0], torch.zeros_like(dy) if ey is None else ey
-        ex.addmm_(ey, w[0])
-        ew = ey.t() @ saved
-        if tsaved is not None:
-            ew.addmm_(dy.T, tsaved)
-        return [ex], [ew, ey.sum(0)][: len(w)]
-
-
 class MaxPool2d(Layer):
     """`nn.MaxPool2d`."""
 
@@ -176,7 +149,7 @@ class LocalResponseNorm(Layer):
 
 def flatten() -> Layer:
     """`nn.Flatten` of pictures to vectors."""
-    return Reshaped(lambda x: x.flatten(1), channels_last)
+    return Reshaped(lambda x: x.flatten(1), lambda y, shape: channels_last(y.reshape(shape)))
 
 
 def local_response_norm(module: nn.LocalResponseNorm) -> Layer:

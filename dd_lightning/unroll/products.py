@@ -8,9 +8,13 @@ from dd_lightning.unroll.layers import Tensors
 
 
 def product(
-    weight: Float[Tensor, "init rows inner"], x: Float[Tensor, "init inner columns"]
+    weight: Float[Tensor, "init rows inner"], x: Float[Tensor, "init inner columns"], to: Tensor | None = None
 ) -> Float[Tensor, "init rows columns"]:
-    """weight @ x, in one product where the networks share x."""
+    """weight @ x, added in place to what is given; in one product where the networks share x."""
+    if to is not None:
+        if len(x) == 1:
+            return to.flatten(0, 1).addmm_(weight.flatten(0, 1), x[0]).view(to.shape)
+        return to.baddbmm_(weight, x)
     return (weight.flatten(0, 1) @ x[0]).unflatten(0, weight.shape[:2]) if len(x) == 1 else torch.bmm(weight, x)
 
 

@@ -57,7 +57,7 @@ def _module_rule(name: str, module: nn.Module, rules: ModuleType) -> Layer | Non
         case nn.Conv2d():
             return rules.Conv2d(name, module)
         case nn.Linear():
-            return rules.Linear(name, module.bias is not None)
+            return layers.Linear(name, module.bias is not None)
         case nn.ReLU():
             return layers.ReLU()
         case nn.MaxPool2d():
