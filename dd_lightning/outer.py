@@ -22,6 +22,7 @@ from dd_lightning.networks import (
 )
 from dd_lightning.system.checks import check_choice, check_count
 from dd_lightning.system.processor import PRECISIONS
+from dd_lightning.unroll import PlainGradient, real_gradient
 
 LossesAndGradient = tuple[list[Tensor], Weights]
 
@@ -30,7 +31,8 @@ class OuterLoss:
     """Mean objective of J trained networks on one real minibatch, in eval mode.
 
     Only first derivatives are needed here, so each network's gradient is taken at once, and its graph is gone before
-    the next network's is made: memory does not grow with J. Networks with a narrow first convolution share it.
+    the next network's is made: memory does not grow with J. Networks with a narrow first convolution share it. On a CPU
+    layers that have rules need no graph at all.
 
     Args:
         objective: of logits [init, batch, classes] and labels [batch]; a mean over both.
@@ -50,6 +52,7 @@ class OuterLoss:
         if piece is not None:
             check_count(piece=piece)
         self.objective, self.dtype, self.piece = objective, PRECISIONS[precision], piece
+        self._known: tuple[nn.Module, PlainGradient | None] | None = None  # a loss mostly meets one network
 
     def __call__(
         self, network: nn.Module, theta: Weights, images: Float[Tensor, "batch c h w"], labels: Int[Tensor, " batch"]
@@ -111,6 +114,12 @@ class OuterLoss:
         self, network: nn.Module, single: dict[str, Tensor], images: Tensor, labels: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One network's loss, and its gradient with respect to the weights and, where they require one, the images."""
+        if rules := self._rules(network, single, images):
+            images, wanted = images.detach(), images.requires_grad
+            loss, gradient, adjoint = rules.of_loss(
+                rules.prepared(single), images, lambda logits: self.objective(logits[None], labels), wanted
+            )
+            return loss, (*gradient.values(), *([] if adjoint is None else [adjoint]))
         leaves = {name: value.detach().requires_grad_() for name, value in single.items()}
         with torch.enable_grad():
             with self._autocast(images):
@@ -118,6 +127,13 @@ class OuterLoss:
             loss = self.objective(logits.to(next(iter(single.values())).dtype)[None], labels)
         inputs = [*leaves.values(), *([images] if images.requires_grad else [])]
         return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+    def _rules(self, network: nn.Module, single: dict[str, Tensor], images: Tensor) -> PlainGradient | None:
+        if images.device.type != "cpu" or self.dtype != torch.float32:
+            return None
+        if self._known is None or self._known[0] is not network:
+            self._known = network, real_gradient(network, single, images)
+        return self._known[1]
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         return torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)

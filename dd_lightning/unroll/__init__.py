@@ -2,10 +2,11 @@
 
 from dd_lightning.unroll.adjoint import AdjointUnroll
 from dd_lightning.unroll.capture import OuterStep
-from dd_lightning.unroll.choice import first_gradient
+from dd_lightning.unroll.choice import first_gradient, real_gradient
 from dd_lightning.unroll.functional import FunctionalUnroll
 from dd_lightning.unroll.higher import HigherUnroll
 from dd_lightning.unroll.interface import Unroll
+from dd_lightning.unroll.layered import PlainGradient
 from dd_lightning.unroll.optimizers import Adam, GradientDescent, InnerOptimizer, Momentum, State, inner_optimizer
 from dd_lightning.unroll.order import Draws, FixedOrder, Order, ShuffledOrder, Step, Used, order_of
 from dd_lightning.unroll.pool import Pool
@@ -24,6 +25,7 @@ __all__ = [
     "Momentum",
     "Order",
     "OuterStep",
+    "PlainGradient",
     "Pool",
     "ShuffledOrder",
     "State",
@@ -34,4 +36,5 @@ __all__ = [
     "first_gradient",
     "inner_optimizer",
     "order_of",
+    "real_gradient",
 ]

@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from dd_lightning.networks import LANES, Weights, training_without_dropout
+from dd_lightning.networks import LANES, Weights, run_with, training_without_dropout
 from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.unroll.gradients import AutogradGradient, Images, StepGradient
 from dd_lightning.unroll.layered import LayeredGradient, PlainGradient, StackedGradient
@@ -52,15 +52,51 @@ def single_gradient(network: nn.Module, theta: Weights, images: Images) -> StepG
 
 
 def first_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
-    """The fastest where each network has its own images and nothing but ∇ℓ is wanted.
-
-    Convolutions that are narrow leave torch's own kernels for a CPU half empty; products over patches do not.
-    """
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    if images.device.type == "cpu" and all(module.out_channels <= LANES // 2 for module in convolutions):
+    """The fastest where each network has its own images and nothing but ∇ℓ is wanted."""
+    if _narrow(network, images):
         with suppress(UnsupportedLayerError):
             return _tried(StackedGradient, network, theta, images)
     return single_gradient(network, theta, images)
+
+
+def real_gradient(network: nn.Module, single: dict[str, Tensor], images: Images) -> PlainGradient | None:
+    """By layers, where one network sees a large minibatch, in the mode it is in; None where the rules do not fit.
+
+    Without autograd, which takes every adjoint in the memory format of the forward, the fastest or not.
+    """
+    single, images = {name: weight.detach() for name, weight in single.items()}, images[:2]
+    try:
+        rules = PlainGradient(network)
+        _, found, of_images = rules.of_loss(single, images, _mixed, wanted=True)
+        leaves = {"": images.detach(), **single}
+        leaves = {name: value.requires_grad_() for name, value in leaves.items()}
+        with torch.enable_grad():
+            loss = _mixed(run_with(network, {n: v for n, v in leaves.items() if n}, leaves[""]))
+        expected = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    except Exception as reason:  # as in `_tried`
+        if is_out_of_memory(reason):
+            raise
+        return None
+    assert of_images is not None
+    return rules if _near({"": of_images, **found}, dict(zip(leaves, expected, strict=True)), 1e-3) else None
+
+
+def _mixed(logits: Tensor) -> Tensor:
+    """A loss in which every logit counts."""
+    weights = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device)
+    return (logits.square() * weights.view(logits.shape)).sum()
+
+
+def _narrow(network: nn.Module, images: Images) -> bool:
+    """Whether torch's own kernels for a CPU are left half empty; products over patches are not."""
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    narrow = [module for module in convolutions if module.out_channels <= LANES // 2]
+    return images.device.type == "cpu" and bool(convolutions) and narrow == convolutions
+
+
+def _near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> bool:
+    error = sum((found[name] - value).square().sum() for name, value in expected.items())
+    return bool(error <= tolerance**2 * sum(value.square().sum() for value in expected.values()))
 
 
 def _tried(
@@ -83,8 +119,7 @@ def _tried(
         raise UnsupportedLayerError(f"layers that are put together unusually ({type(reason).__name__})") from reason
     # Second derivatives are rounded more.
     for one, other, tolerance in zip(found, expected, (1e-3, 1e-2), strict=True):
-        error = sum((one[name] - value).square().sum() for name, value in other.items())
-        if not error <= tolerance**2 * sum(value.square().sum() for value in other.values()):
+        if not _near(one, other, tolerance):
             raise UnsupportedLayerError("a forward that does more than its layers")
     return layered
 

@@ -1,6 +1,7 @@
 """The gradient of one GD step by rules for a network's layers, without autograd."""
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -54,27 +55,40 @@ class LayeredGradient(StepGradient):
         Args:
             labels: classes [batch], or real numbers [batch, classes].
         """
+        logits, saved = self._forward(theta, x)
+        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        wrong, total, images = _errors(probabilities, labels)
+        gradient, adjoints = self._backward(theta, saved, (wrong / images).to(logits.dtype))
+        fixed = frozen(self.network)
+        tape = (theta, fixed, saved, adjoints, probabilities, total, images) if again else None
+        return of_all(theta, gradient, fixed), tape
+
+    def _forward(self, theta: Weights, x: Tensor) -> tuple[Tensor, list[Any]]:
+        """Logits, and what each layer keeps."""
         activations, saved = [x], []
         for layer, inputs in self._layers:
             y, kept = layer.forward([theta[n] for n in layer.names], [activations[i] for i in inputs])
             activations.append(y)
             saved.append(kept)
-        logits = activations[self._output]
-        probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-        wrong, total, images = _errors(probabilities, labels)
-        adjoints: list[Tensor | None] = [None] * len(activations)
-        adjoints[self._output] = (wrong / images).to(logits.dtype)
+        return activations[self._output], saved
+
+    def _backward(
+        self, theta: Weights, saved: list[Any], adjoint: Tensor, wanted: bool = False
+    ) -> tuple[Weights, list[Tensor | None]]:
+        """The adjoints of weights and activations, the images among them if wanted, from that of the logits."""
+        adjoints: list[Tensor | None] = [None] * (len(self._layers) + 1)
+        adjoints[self._output] = adjoint
         gradient: Weights = {}
         for index in reversed(range(len(self._layers))):
             layer, inputs = self._layers[index]
             dy = adjoints[index + 1]
             assert dy is not None
-            found, w_adjoints = layer.backward([theta[n] for n in layer.names], saved[index], dy, inputs != [0])
+            found, w_adjoints = layer.backward(
+                [theta[n] for n in layer.names], saved[index], dy, wanted or inputs != [0]
+            )
             _accumulate(adjoints, inputs, found)
             _collect(gradient, layer.names, w_adjoints)
-        fixed = frozen(self.network)
-        tape = (theta, fixed, saved, adjoints, probabilities, total, images) if again else None
-        return of_all(theta, gradient, fixed), tape
+        return gradient, adjoints
 
     def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor, Tensor | None]:
         """∇²ℓ v, ∂⟨∇ℓ, v⟩/∂x and, of labels that are real numbers, ∂⟨∇ℓ, v⟩/∂y."""
@@ -146,6 +160,18 @@ class PlainGradient(LayeredGradient):
         found = [self._gradient(single, channels_last(images), labels, again) for single in unstack(theta)]
         gradients, tapes = zip(*found, strict=True)
         return stack(list(gradients)), tapes
+
+    @torch.no_grad()
+    def of_loss(
+        self, single: dict[str, Tensor], images: Images, loss: Callable[[Tensor], Tensor], wanted: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Any loss of one network's logits, and its gradient with respect to the weights and, if wanted, the images."""
+        logits, saved = self._forward(single, images)
+        with torch.enable_grad():
+            value = loss(logits.requires_grad_())
+        (adjoint,) = torch.autograd.grad(value, logits)
+        gradient, adjoints = self._backward(single, saved, adjoint, wanted)
+        return value.detach(), of_all(single, gradient), adjoints[0]
 
     @torch.no_grad()
     def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
