@@ -143,7 +143,8 @@ class StackedGradient(LayeredGradient):
     @torch.no_grad()
     def derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Images, Tensor | None]:
         hessian, grad_x, grad_labels = self._derivative(tape, direction)
-        return hessian, grad_x[0, :, 0].permute(3, 0, 1, 2), None if grad_labels is None else grad_labels.sum(0)
+        # Of vectors, what follows the images, each network's own.
+        return hessian, grad_x.sum(0)[:, 0].permute(3, 0, 1, 2), None if grad_labels is None else grad_labels.sum(0)
 
 
 class PlainGradient(LayeredGradient):

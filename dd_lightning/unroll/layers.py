@@ -18,6 +18,7 @@ from torch.func import jvp, vjp
 
 Size = tuple[int, int]
 Tensors = list[Tensor]
+NARROW = 128  # input times output channels of a convolution that leaves torch's own kernels for a CPU half empty
 _relu_mask = torch.ops.aten.threshold_backward  # (x, y, 0): x where y > 0
 
 
@@ -97,32 +98,38 @@ class Linear(Layer):
         self.names = (f"{name}.weight", f"{name}.bias") if bias else (f"{name}.weight",)
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        return self._product(w, xs[0]), xs[0]
+        x = xs[0]
+        if x.ndim == 3 and len(x) < len(w[0]):  # the same for all networks
+            x = x.expand(len(w[0]), -1, -1)
+        return self._product(w, x), x
 
     def _product(self, w: Tensors, x: Tensor) -> Tensor:
-        y = x @ w[0].mT
-        return y.add_(w[1].unsqueeze(-2)) if len(w) > 1 else y
+        if len(w) == 1:
+            return _product(x, w[0].mT)
+        return torch.addmm(w[1], x, w[0].T) if x.ndim == 2 else torch.baddbmm(w[1].unsqueeze(1), x, w[0].mT)
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [dy @ w[0] if wanted else None], [dy.mT @ saved, dy.sum(-2)][: len(w)]
+        return [_product(dy, w[0]) if wanted else None], [_product(dy.mT, saved), dy.sum(-2)][: len(w)]
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         ty = self._product(tw, saved)
-        return (ty if txs[0] is None else _added(ty, txs[0], w[0].mT)), txs[0]
+        return (ty if txs[0] is None else _product(txs[0], w[0].mT, ty)), txs[0]
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
     ) -> tuple[list[Tensor | None], Tensors]:
         ey = torch.zeros_like(dy) if ey is None else ey
-        ex, ew = _added(dy @ tw[0], ey, w[0]), ey.mT @ saved
+        ex, ew = _product(ey, w[0], _product(dy, tw[0])), _product(ey.mT, saved)
         if tsaved is not None:
-            _added(ew, dy.mT, tsaved)
-        return [ex if len(ex) == len(saved) else ex.sum(0, keepdim=True)], [ew, ey.sum(-2)][: len(w)]
+            _product(dy.mT, tsaved, ew)
+        return [ex], [ew, ey.sum(-2)][: len(w)]
 
 
-def _added(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """to + a @ b, in place."""
-    return to.addmm_(a, b) if to.ndim == 2 else to.baddbmm_(a, b)
+def _product(a: Tensor, b: Tensor, to: Tensor | None = None) -> Tensor:
+    """a @ b, added in place to what is given; `matmul` would take as long for its views as for the product."""
+    if to is None:
+        return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)
+    return to.addmm_(a, b) if a.ndim == 2 else to.baddbmm_(a, b)
 
 
 class Reshaped(Layer):

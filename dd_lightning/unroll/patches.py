@@ -7,6 +7,7 @@ the kernel is high, and stay where a processor has them at hand.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,49 +40,52 @@ class Conv2d(Layer):
         self.channels, self.pooling = module.out_channels, (1, 1)
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        columns = self._gather(xs, len(w[0]))
-        return biased(self._product(w[:1], columns, xs[0]), w[1:]), [xs[0], columns]
+        columns, matrices = self._gather(xs, w[0].shape[0]), self._matrices(w[:1], xs[0])
+        return biased(self._product(matrices, columns, xs[0]), w[1:]), [xs[0], columns, matrices]
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        x, columns = saved
+        x, columns, matrices = saved
         rows = self._flat(dy, x)
         dw = [self._weights([(rows, columns)], w[0], x), *bias_adjoint(w[1:], dy)]
         if not wanted:
             return [None], dw
         # Patches of the images are few and kept; those of later layers are cut again, and leave their memory to x̄'s.
         saved[1] = columns = None
-        return [self._inputs(w[0], rows, x)], dw
+        return [self._inputs(matrices, rows, x)], dw
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
-        (x, columns), tx = saved, txs[0]
+        (x, columns, _), tx = saved, txs[0]
+        matrices = self._matrices([tw[0], w[0]], x)
         if tx is None:
-            columns = self._gather([x], len(w[0])) if columns is None else columns
-            return biased(self._product(tw[:1], columns, x), tw[1:]), (columns, None)
-        both = self._gather([x, tx], len(w[0]))
-        return biased(self._product([tw[0], w[0]], both, x), tw[1:]), both.chunk(2, dim=1)
+            columns = self._gather([x], w[0].shape[0]) if columns is None else columns
+            own = [one[:, :, : columns.shape[1]] for one in matrices]
+            return biased(self._product(own, columns, x), tw[1:]), (matrices, columns, None)
+        both = self._gather([x, tx], w[0].shape[0])
+        return biased(self._product(matrices, both, x), tw[1:]), (matrices, *both.chunk(2, dim=1))
 
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
     ) -> tuple[list[Tensor | None], Tensors]:
-        (x, _), (columns, tcolumns) = saved, tsaved
+        x, (matrices, columns, tcolumns) = saved[0], tsaved
         ey = torch.zeros_like(dy) if ey is None else ey
         rows, erows = self._flat(dy, x), self._flat(ey, x)
         pairs = [(erows, columns)] if tcolumns is None else [(erows, columns), (rows, tcolumns)]
         ew = [self._weights(pairs, w[0], x), *bias_adjoint(w[1:], ey)]
-        return [self._inputs(torch.cat([tw[0], w[0]], 1), torch.cat([rows, erows], 1), x)], ew
+        # A row of tW lies beside that of W.
+        both = torch.stack([rows, erows], 2).flatten(1, 2)
+        return [self._inputs([one.reshape(one.shape[0], both.shape[1], -1) for one in matrices], both, x)], ew
 
     def _flat(self, dy: Tensor, x: Tensor) -> Float[Tensor, "init rows columns"]:
-        phases = math.prod(self.pooling) if self._widened(len(dy), x) else 1
-        return dy.reshape(len(dy), self.channels * phases, -1)
+        phases = math.prod(self.pooling) if self._widened(dy.shape[0], x) else 1
+        return dy.reshape(dy.shape[0], self.channels * phases, -1)
 
-    def _product(self, weights: Tensors, columns: Tensor, x: Tensor) -> Tensor:
-        """Σ W c over weights and their patches, which follow each other along the inner axis."""
+    def _product(self, matrices: Sequence[Tensor], columns: Tensor, x: Tensor) -> Tensor:
         y = None
-        for matrix, part in zip(self._matrices(weights, x), self._parts(columns, x), strict=True):
+        for matrix, part in zip(matrices, self._parts(columns, x), strict=True):
             y = product(matrix, part, to=y)
         assert y is not None
         phases, out = math.prod(self.pooling), self._out(*x.shape[3:5])
-        return y.view(len(weights[0]), self.channels, phases, *out, x.shape[5])
+        return y.view(y.shape[0], self.channels, phases, *out, x.shape[5])
 
     def _weights(self, pairs: list[tuple[Tensor, Tensor]], weight: Tensor, x: Tensor) -> Tensor:
         """w̄, a sum over adjoints and their patches."""
@@ -90,21 +94,21 @@ class Conv2d(Layer):
             parts = self._parts(columns, x)
             found = [weight_adjoint(rows, part, to) for part, to in zip(parts, found, strict=True)]
         matrices = [one.mT for one in found if one is not None]
-        if self._widened(len(weight), x):
+        if self._widened(weight.shape[0], x):
             return self._kernels(matrices[0].reshape(self._wide(weight))).sum((2, 3))
         shape = *weight.shape[:3], weight.shape[3] // len(matrices), weight.shape[4]
         return torch.cat([one.reshape(shape) for one in matrices], dim=3)
 
-    def _inputs(self, weight: Float[Tensor, "init rows channel h w"], rows: Tensor, x: Tensor) -> Tensor:
-        """x̄, a sum over weights and their adjoints, which follow each other along the axis of rows."""
-        matrices, shared = self._matrices([weight], x), len(x) == 1
+    def _inputs(self, matrices: Sequence[Tensor], rows: Tensor, x: Tensor) -> Tensor:
+        """x̄."""
+        shared = x.shape[0] == 1
         if not self._by_rows:
-            return self._scatter(input_adjoint(matrices[0], rows, shared), x, len(weight))
+            return self._scatter(input_adjoint(matrices[0], rows, shared), x, rows.shape[0])
         total = self._height(x) * self._out(*x.shape[3:5])[1] * x.shape[5]
-        columns = rows.new_zeros(len(x), matrices[0].shape[2], total)
+        columns = rows.new_zeros(x.shape[0], matrices[0].shape[2], total)
         for matrix, part in zip(matrices, self._parts(columns, x), strict=True):
             input_adjoint(matrix, rows, shared, to=part)
-        return self._scatter(columns, x, len(weight))
+        return self._scatter(columns, x, rows.shape[0])
 
     @property
     def _by_rows(self) -> bool:
@@ -112,15 +116,15 @@ class Conv2d(Layer):
         return self.kernel[0] > 1 and self.stride[0] == 1 and self.pooling == (1, 1)
 
     def _widened(self, networks: int, x: Tensor) -> bool:
-        rows = self.channels * (networks if len(x) == 1 else 1)
-        return x.device.type == "cpu" and self.pooling != (1, 1) and rows * math.prod(self.pooling) <= LANES
+        if self.pooling == (1, 1) or x.device.type != "cpu":
+            return False
+        return self.channels * (networks if x.shape[0] == 1 else 1) * math.prod(self.pooling) <= LANES
 
     def _height(self, x: Tensor) -> int:
         return x.shape[3] + 2 * self.padding[0]
 
-    def _out(self, height: int, width: int) -> list[int]:
-        sides = zip((height, width), self.padding, self.kernel, self.stride, self.pooling, strict=True)
-        return [((n + 2 * p - k) // s + 1) // q for n, p, k, s, q in sides]
+    def _out(self, height: int, width: int) -> Size:
+        return _out(height, width, self.padding, self.kernel, self.stride, self.pooling)
 
     def _cut(self, networks: int, x: Tensor) -> tuple[Sequence[int], Sequence[int]]:
         """Height and width of patches, and the phases that have patches of their own."""
@@ -131,12 +135,13 @@ class Conv2d(Layer):
         return [k + (q - 1) * s for k, s, q in zip(self.kernel, self.stride, self.pooling, strict=True)]
 
     def _matrices(self, weights: Tensors, x: Tensor) -> Sequence[Float[Tensor, "init rows inner"]]:
-        """The weights as a matrix for each part of the patches."""
-        if self._widened(len(weights[0]), x):
-            wide = weights[0].new_zeros(self._wide(weights[0]))
-            self._kernels(wide).copy_(weights[0][:, :, None, None])
-            return [wide.flatten(3).flatten(1, 2)]
-        together = torch.stack(weights, 2)
+        """The weights as a matrix for each part of the patches; those of each row of a kernel follow each other."""
+        if self._widened(weights[0].shape[0], x):
+            wide = [weight.new_zeros(self._wide(weight)) for weight in weights]
+            for one, weight in zip(wide, weights, strict=True):
+                self._kernels(one).copy_(weight[:, :, None, None])
+            weights = [one.flatten(3).flatten(1, 2) for one in wide]
+        together = torch.stack(weights, 2) if len(weights) > 1 else weights[0].unsqueeze(2)
         return together.movedim(4, 0).flatten(3).unbind() if self._by_rows else [together.flatten(2)]
 
     def _wide(self, weight: Tensor) -> Sequence[int]:
@@ -153,24 +158,25 @@ class Conv2d(Layer):
         phase = [q * by_phase + a * by_row, by_phase + b * by_column]
         return wide.as_strided(shape, [*outer, *phase, by_channel, by_row, by_column], wide.storage_offset())
 
-    def _parts(self, columns: Tensor, x: Tensor) -> list[Float[Tensor, "init inner columns"]]:
+    def _parts(self, columns: Tensor, x: Tensor) -> Sequence[Float[Tensor, "init inner columns"]]:
         """What each row of the kernel reads of the patches."""
         if not self._by_rows:
             return [columns]
         rows, cols = self._out(*x.shape[3:5])
-        run = cols * x.shape[5]
-        return [columns.narrow(2, row * run, rows * run) for row in range(self.kernel[0])]
+        run, strides = cols * x.shape[5], columns.stride()
+        shape = self.kernel[0], *columns.shape[:2], rows * run
+        return columns.as_strided(shape, (run, *strides), columns.storage_offset()).unbind()
 
     def _gather(self, xs: Sequence[Tensor], networks: int) -> Float[Tensor, "init inner columns"]:
         """The patches of all of xs."""
         views = [self._view(padded(unphased(x), self.padding), networks, x) for x in xs]
         inner = math.prod(views[0].shape[1 : 3 if self._by_rows else 4])
         if len(views) == 1:
-            return views[0].reshape(len(views[0]), inner, -1)
-        columns = xs[0].new_empty(len(xs[0]), len(xs), *views[0].shape[1:])
+            return views[0].reshape(views[0].shape[0], inner, -1)
+        columns = xs[0].new_empty(xs[0].shape[0], len(xs), *views[0].shape[1:])
         for part, view in zip(columns.unbind(1), views, strict=True):
             part.copy_(view)
-        return columns.view(len(columns), len(xs) * inner, -1)
+        return columns.view(columns.shape[0], len(xs) * inner, -1)
 
     def _view(self, padded: Float[Tensor, "init channel h w batch"], networks: int, x: Tensor) -> Tensor:
         """Patches that overlap in memory."""
@@ -211,6 +217,14 @@ class Conv2d(Layer):
             for r, phase in enumerate(part.unbind(3)):
                 every(by_row, 4, i + a * r, a * p, rows).add_(phase)
         return by_row
+
+
+@cache
+def _out(height: int, width: int, padding: Size, kernel: Size, stride: Size, pooling: Size) -> Size:
+    """Height and width of what comes out, counted in windows of the pooling."""
+    sides = zip((height, width), padding, kernel, stride, pooling, strict=True)
+    rows, columns = (((n + 2 * p - k) // s + 1) // q for n, p, k, s, q in sides)
+    return rows, columns
 
 
 def unphased(x: Tensor) -> Float[Tensor, "init channel h w batch"]:

@@ -11,11 +11,12 @@ def product(
     weight: Float[Tensor, "init rows inner"], x: Float[Tensor, "init inner columns"], to: Tensor | None = None
 ) -> Float[Tensor, "init rows columns"]:
     """weight @ x, added in place to what is given; in one product where the networks share x."""
-    if to is not None:
-        if len(x) == 1:
-            return to.flatten(0, 1).addmm_(weight.flatten(0, 1), x[0]).view(to.shape)
-        return to.baddbmm_(weight, x)
-    return (weight.flatten(0, 1) @ x[0]).unflatten(0, weight.shape[:2]) if len(x) == 1 else torch.bmm(weight, x)
+    if x.shape[0] == weight.shape[0]:
+        return torch.bmm(weight, x) if to is None else to.baddbmm_(weight, x)
+    rows = weight.flatten(0, 1)
+    if to is None:
+        return torch.mm(rows, x[0]).view(*weight.shape[:2], -1)
+    return to.flatten(0, 1).addmm_(rows, x[0]).view(to.shape)
 
 
 def weight_adjoint(
@@ -24,18 +25,17 @@ def weight_adjoint(
     """x @ dyᵀ, added in place to what is given: the transposed adjoint, because matrices that begin long are faster."""
     if to is not None:
         return to.baddbmm_(x, dy.mT)
-    if len(x) == 1:
-        return (x[0] @ dy.flatten(0, 1).T).unflatten(1, dy.shape[:2]).transpose(0, 1)
-    return torch.bmm(x, dy.mT)
+    if x.shape[0] == dy.shape[0]:
+        return torch.bmm(x, dy.mT)
+    return (x[0] @ dy.flatten(0, 1).T).unflatten(1, dy.shape[:2]).transpose(0, 1)
 
 
 def input_adjoint(
     weight: Float[Tensor, "init rows inner"], dy: Tensor, shared: bool, to: Tensor | None = None
 ) -> Float[Tensor, "init inner columns"]:
     """weightᵀ @ dy, added in place to what is given; summed over the networks where they share the input."""
-    if shared:
-        weight, dy = weight.flatten(0, 1).T, dy.flatten(0, 1)
-        return torch.mm(weight, dy)[None] if to is None else to[0].addmm_(weight, dy)[None]
+    if shared and weight.shape[0] > 1:
+        weight, dy = weight.flatten(0, 1).unsqueeze(0), dy.flatten(0, 1).unsqueeze(0)
     return torch.bmm(weight.mT, dy) if to is None else to.baddbmm_(weight.mT, dy)
 
 

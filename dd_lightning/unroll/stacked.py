@@ -121,4 +121,4 @@ def avg_pool2d(module: nn.AvgPool2d) -> Layer:
 
 def flatten() -> Layer:
     """`nn.Flatten` of pictures to vectors."""
-    return Reshaped(lambda x: x.flatten(1, -2).mT.contiguous(), lambda y, shape: y.mT.reshape(shape))
+    return Reshaped(lambda x: x.flatten(1, -2).mT.contiguous(), lambda y, shape: y.mT.reshape(-1, *shape[1:]))
