@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd_lightning.networks import LANES, channels_last
-from dd_lightning.unroll.layers import Differentiated, Layer, Reshaped, Tensors, UnsupportedLayerError, pair
+from dd_lightning.networks import channels_last
+from dd_lightning.unroll.layers import NARROW, Layer, Reshaped, Tensors, UnsupportedLayerError, pair
+from dd_lightning.unroll.norms import Average, GroupNorm
 
 
 class Conv2d(Layer):
@@ -32,7 +33,7 @@ class Conv2d(Layer):
         """x̄, w̄ and b̄, those that are wanted."""
         bias = [weight.shape[0]] if wanted[2] else None
         backward = torch.ops.aten.convolution_backward
-        if wanted[0] and x.device.type == "cpu" and max(weight.shape[:2]) <= LANES // 2:
+        if wanted[0] and x.device.type == "cpu" and weight.shape[:2].numel() <= NARROW:
             # Of a narrow convolution x̄ is faster in the default memory format, w̄ in channels last.
             shape = x.new_empty(x.shape)
             dx, *_ = backward(dy.contiguous(), shape, weight.contiguous(), None, *self._options, (True, False, False))
@@ -159,17 +160,11 @@ def local_response_norm(module: nn.LocalResponseNorm) -> Layer:
 
 def group_norm(module: nn.GroupNorm, names: tuple[str, ...]) -> Layer:
     """`nn.GroupNorm`."""
-
-    def function(x: Tensor, *affine: Tensor) -> Tensor:
-        grouped = x.unflatten(1, (module.num_groups, -1))
-        variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0, keepdim=True)
-        y = ((grouped - mean) * torch.rsqrt(variance + module.eps)).flatten(1, 2)
-        weight, bias = (a[:, None, None] for a in affine) if affine else (1.0, 0.0)
-        return y * weight + bias
-
-    return Differentiated(function, names)
+    return GroupNorm(module, names, pixels=(2, 3), others=(0, 2, 3))
 
 
 def avg_pool2d(module: nn.AvgPool2d) -> Layer:
     """`nn.AvgPool2d`."""
-    return Differentiated(module)
+    sizes = (list(pair(o)) for o in (module.kernel_size, module.stride, module.padding))
+    options = *sizes, module.ceil_mode, module.count_include_pad, module.divisor_override
+    return Average(module, lambda dy, x: torch.ops.aten.avg_pool2d_backward(dy, x, *options))

@@ -8,6 +8,7 @@ they are. The phase axis is 1, but between the first convolution and the pooling
 pixels of each pooling window, so that pooling is the maximum of contiguous slabs.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dd_lightning.unroll.layers import (
     largest,
     pair,
 )
+from dd_lightning.unroll.norms import Average, GroupNorm
 from dd_lightning.unroll.patches import Conv2d as Conv2d
 from dd_lightning.unroll.patches import padded, unphased
 from dd_lightning.unroll.products import bias_adjoint, biased
@@ -100,15 +102,7 @@ def local_response_norm(module: nn.LocalResponseNorm) -> Layer:
 
 def group_norm(module: nn.GroupNorm, names: tuple[str, ...]) -> Layer:
     """`nn.GroupNorm`."""
-
-    def function(x: Tensor, *affine: Tensor) -> Tensor:
-        grouped = x.unflatten(1, (module.num_groups, -1))
-        variance, mean = torch.var_mean(grouped, (2, 3, 4, 5), correction=0, keepdim=True)
-        y = ((grouped - mean) * torch.rsqrt(variance + module.eps)).flatten(1, 2)
-        weight, bias = (a[..., None, None, None, None] for a in affine) if affine else (1.0, 0.0)
-        return y * weight + bias
-
-    return Differentiated(function, names)
+    return GroupNorm(module, names, pixels=(2, 3, 4), others=(2, 3, 4, 5))
 
 
 def avg_pool2d(module: nn.AvgPool2d) -> Layer:
@@ -116,7 +110,18 @@ def avg_pool2d(module: nn.AvgPool2d) -> Layer:
     if pair(module.padding) != (0, 0) or module.ceil_mode or module.divisor_override:
         raise UnsupportedLayerError("average pooling with padding, ceil_mode or divisor_override")
     (k, l), (a, b) = pair(module.kernel_size), pair(module.stride)  # noqa: E741
-    return Differentiated(lambda x: x.unfold(3, k, a).unfold(4, l, b).mean((-1, -2)))
+
+    def windows(x: Tensor) -> list[Tensor]:
+        rows, columns = (x.shape[3] - k) // a, (x.shape[4] - l) // b
+        return [x[..., i : i + a * rows + 1 : a, j : j + b * columns + 1 : b, :] for i in range(k) for j in range(l)]
+
+    def adjoint(dy: Tensor, x: Tensor) -> Tensor:
+        dx, share = x.new_zeros(dy.shape[0], *x.shape[1:]), dy / (k * l)
+        for window in windows(dx):
+            window.add_(share)
+        return dx
+
+    return Average(lambda x: functools.reduce(torch.add, windows(x)).div_(k * l), adjoint)
 
 
 def flatten() -> Layer:
