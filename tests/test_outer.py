@@ -16,7 +16,7 @@ from dd_lightning.init import RandomInit
 from dd_lightning.networks import LeNet, evaluating, forward_each
 from dd_lightning.objectives import Classification, Poisoning
 from dd_lightning.outer import OuterLoss
-from dd_lightning.unroll import AdjointUnroll, OuterStep
+from dd_lightning.unroll import AdjointUnroll, OuterStep, layers
 
 
 class ViewingNet(nn.Module):
@@ -92,6 +92,30 @@ def test_a_network_sees_a_piece_at_a_time():
     seen.clear()
     OuterLoss(Classification(), piece=5)(network, theta, images, labels)
     assert seen == [5, 5, 2]
+
+
+@pytest.mark.parametrize("networks", [1, 3])
+@pytest.mark.parametrize("wrong", [None, "error", "value"])
+def test_the_rules_for_layers_are_taken_where_they_are_right(monkeypatch, wrong, networks):
+    """Of the whole network, or of what follows the layers that networks share."""
+    right = layers.Linear.backward
+
+    def broken(self, w, *args):
+        if wrong == "error":
+            raise TypeError("no rule fits")
+        return right(self, [2 * w[0], *w[1:]], *args)
+
+    if wrong:
+        monkeypatch.setattr(layers.Linear, "backward", broken)
+    network = LeNet(1, 16, 4).double()
+    theta = {n: v.requires_grad_() for n, v in RandomInit(per_step=networks).sample(network, 0).items()}
+    images, labels = real(1, 16, 4)
+    loss = OuterLoss(Classification())
+    found = torch.autograd.grad(loss(network, theta, images, labels), list(theta.values()))
+    assert (loss._known[1] is None) == (wrong is not None)
+    with evaluating(network):
+        expected = Classification()(forward_each(network, theta, images), labels)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, list(theta.values())))
 
 
 def test_bfloat16_is_near_and_not_the_same():

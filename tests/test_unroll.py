@@ -16,6 +16,7 @@ from dd_lightning.init import RandomInit
 from dd_lightning.networks import (
     VGG11,
     AlexCifarNet,
+    ConvNet,
     LeNet,
     ResNet18,
     ViTSmall,
@@ -40,6 +41,7 @@ from dd_lightning.unroll import (
 from dd_lightning.unroll.choice import _trial, batched_gradient, single_gradient
 from dd_lightning.unroll.gradients import AutogradGradient
 from dd_lightning.unroll.layered import LayeredGradient, PlainGradient, StackedGradient
+from dd_lightning.unroll.norms import GroupNorm
 
 ENGINES = [
     HigherUnroll,
@@ -205,6 +207,54 @@ def test_a_convolution_taken_with_its_pooling_has_the_same_gradient_and_derivati
     for found, expected in [(one, other), (one_x[0], other_x[0]), ({"x": one_x[1]}, {"x": other_x[1]})]:
         for name, value in expected.items():
             assert (found[name] - value).norm() <= 1e-10 * value.norm()
+
+
+class Normed(nn.Sequential):
+    """A norm of the images, a strided convolution, a norm without weights, and pooling whose windows overlap."""
+
+    def __init__(self) -> None:
+        norms = nn.GroupNorm(1, 2), nn.GroupNorm(2, 4, affine=False)
+        convolution = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        super().__init__(norms[0], convolution, norms[1], nn.AvgPool2d((3, 2), (2, 1)), nn.Flatten(), nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize("networks", [1, 3])
+@pytest.mark.parametrize("rules", [StackedGradient, PlainGradient])
+@pytest.mark.parametrize(
+    "network",
+    [
+        Normed(),
+        *(ConvNet(2, 8, 4, 4, 2, norm, "relu", p) for norm in ("instance", "group") for p in ("average", "max")),
+    ],
+)
+def test_norms_and_average_pooling_have_the_gradient_and_derivative_of_autograd(network, rules, networks):
+    network, theta, _, _ = problem(network, (2, 8, 8), 4)
+    generator = torch.Generator().manual_seed(0)
+    moved = {n: v + 0.3 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in theta.items()}
+    theta = {n: torch.cat([theta[n][:1], moved[n]])[-networks:] for n in theta}
+    direction = {n: torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in theta.items()}
+    images = torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for engine in (rules(network), AutogradGradient(network, batched=False)):
+        gradient, tape = engine(engine.prepared(theta), images, torch.arange(5) % 4, again=True)
+        product, of_images, _ = engine.derivative(tape, engine.prepared(direction))
+        results.append([*gradient.values(), *product.values(), of_images])
+    assert any(isinstance(layer, GroupNorm) for layer, _ in rules(network)._layers)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [GradientDescent(), Adam((0.8, 0.9), eps=1e-4)], ids=["gd", "adam"])
+@pytest.mark.parametrize(("network", "narrow"), [(LeNet(1, 16, 4), True), (AlexCifarNet(1, 16, 4), False)])
+def test_steps_without_gradients_are_those_with_them(network, narrow, optimizer):
+    """Narrow networks take them by rules."""
+    network, theta_0, data, _ = problem(network, (1, 16, 16), 4, learning_rate=0.01)
+    engine = FunctionalUnroll(optimizer)
+    found = list(engine.trajectory(network, theta_0, data.detach().steps()))[-1]
+    expected = engine(network, theta_0, data.steps())
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-10 * value.norm()
+    assert isinstance(engine._known[1], StackedGradient) == narrow
 
 
 class UnusualNet(nn.Module):

@@ -7,11 +7,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from dd_lightning.networks import LANES, Weights, run_with, training_without_dropout
+from dd_lightning.networks import Weights, run_with, training_without_dropout
 from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.unroll.gradients import AutogradGradient, Images, StepGradient
 from dd_lightning.unroll.layered import LayeredGradient, PlainGradient, StackedGradient
-from dd_lightning.unroll.layers import UnsupportedLayerError
+from dd_lightning.unroll.layers import NARROW, UnsupportedLayerError
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,19 @@ def single_gradient(network: nn.Module, theta: Weights, images: Images) -> StepG
 
 def first_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient:
     """The fastest where each network has its own images and nothing but ∇ℓ is wanted."""
-    if _narrow(network, images):
+    return narrow_gradient(network, theta, images) or single_gradient(network, theta, images)
+
+
+def narrow_gradient(network: nn.Module, theta: Weights, images: Images) -> StepGradient | None:
+    """By products over patches, where they are faster than torch's own kernels for a CPU, which narrow convolutions
+    leave half empty; None elsewhere, or where the rules do not fit.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    narrow = all(module.in_channels * module.out_channels <= NARROW for module in convolutions)
+    if images.device.type == "cpu" and convolutions and narrow:
         with suppress(UnsupportedLayerError):
             return _tried(StackedGradient, network, theta, images)
-    return single_gradient(network, theta, images)
+    return None
 
 
 def real_gradient(network: nn.Module, single: dict[str, Tensor], images: Images) -> PlainGradient | None:
@@ -64,6 +73,8 @@ def real_gradient(network: nn.Module, single: dict[str, Tensor], images: Images)
 
     Without autograd, which takes every adjoint in the memory format of the forward, the fastest or not.
     """
+    if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        return None  # nothing but products
     single, images = {name: weight.detach() for name, weight in single.items()}, images[:2]
     try:
         rules = PlainGradient(network)
@@ -85,13 +96,6 @@ def _mixed(logits: Tensor) -> Tensor:
     """A loss in which every logit counts."""
     weights = torch.linspace(1, 2, logits.numel(), dtype=logits.dtype, device=logits.device)
     return (logits.square() * weights.view(logits.shape)).sum()
-
-
-def _narrow(network: nn.Module, images: Images) -> bool:
-    """Whether torch's own kernels for a CPU are left half empty; products over patches are not."""
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    narrow = [module for module in convolutions if module.out_channels <= LANES // 2]
-    return images.device.type == "cpu" and bool(convolutions) and narrow == convolutions
 
 
 def _near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> bool:
