@@ -111,7 +111,7 @@ def test_pretrain_then_poison_then_evaluate(run, kind, tmp_path):
     tested, chose = ("the fixed", "the same network") if kind == "fixed" else ("4 unseen", "2 other networks")
     assert f"test accuracy of {tested} network" in log
     assert f"distilled images, chosen with {chose} on validation pictures: " in log
-    assert ("2 network(s) for validation choose the distilled data, not 3" in log) == (kind == "random")
+    assert ("2 networks for validation choose the distilled data, not 3" in log) == (kind == "random")
     test = json.loads((folder / "result.json").read_text())["test"]
     assert (test["networks"], test["networks_chose"]) == ((1, 1) if kind == "fixed" else (4, 2))
     assert test["measures"]["accuracy_modified_labels"]["after"] == test["accuracy_mean"]
@@ -166,7 +166,7 @@ def test_results_say_how_many_networks_tested_and_chose(run, use, tmp_path):
     log = (folder / "dd-evaluate.log").read_text()
     assert (f"from {found['networks']} networks" in log) == (found["networks"] is not None)
     assert (f"chosen with {found['networks_chose']}" in log) == (found["networks_chose"] is not None)
-    assert ("chosen on 50 training pictures and 2 network(s): 2 of 3 sets" in log) == ("keep" in use)
+    assert ("chosen on 50 training pictures and 2 networks: 2 of 3 sets" in log) == ("keep" in use)
 
 
 def smaller(experiment):

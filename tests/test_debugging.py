@@ -33,7 +33,7 @@ def test_one_minibatch_is_learned(run):
     code, error, folder = run("distill", *TOY, "debug=overfit", "unroll=functional", *line)
     assert (code, error) == (0, "")
     log = (folder / "dd-distill.log").read_text()
-    told = log.split("outer loss of one minibatch over 25 outer step(s): ")[1].split("\n")[0]
+    told = log.split("outer loss of one minibatch over 25 outer steps: ")[1].split("\n")[0]
     first, last = map(float, told.split(" → "))
     assert last < 0.5 * first
 

@@ -62,7 +62,7 @@ def test_an_export_says_what_a_loop_needs_and_overwrites_none(tmp_path):
     data.images[0, 0, 0, 0, 0] = 7.0  # beyond white
     export(data, tmp_path)
     text = (tmp_path / "README.txt").read_text()
-    for words in ("(pixel / 255 − [0.5]) / [0.25]", "in the .pt: initial_weights", "1 step(s) of 6 images", "gd"):
+    for words in ("(pixel / 255 − [0.5]) / [0.25]", "in the .pt: initial_weights", "1 step of 6 images", "gd"):
         assert words in text
     assert "0.1 % of the pixels lay beyond black or white, the farthest by 1.25" in text
     assert len(list((tmp_path / "images").glob("*/*.png"))) == 6

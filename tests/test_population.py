@@ -86,7 +86,7 @@ def test_fewer_networks_that_choose_than_asked_for_are_told(population, tmp_path
     assert count_choosing(FixedPretrainedInit("toy", str(tmp_path)), 20, "the sets") == 1  # one by design
     assert caplog.messages == []
     assert count_choosing(init, 20, "the sets") == 1
-    assert caplog.messages == ["1 network(s) for validation choose the sets, not 20: the population holds out too few"]
+    assert caplog.messages == ["1 network for validation chooses the sets, not 20: the population holds out too few"]
 
 
 def test_fixed_is_one_of_them(population, tmp_path):

@@ -270,7 +270,7 @@ def test_a_sweep_lies_among_the_runs_and_lists_what_failed(packed, run):
     packed()
     code, error, folder = run("pretrain", "-m", *TOY, "workers=1", "name=one", "networks=0,4")
     assert code == 1
-    assert "1 job(s) of the sweep failed" in error
+    assert "1 job of the sweep failed" in error
     assert "networks must be a whole number of at least 1" in error
     assert folder.parent.name == "pretrain"
     assert not Path("multirun").exists()

@@ -30,7 +30,7 @@ def write_run(
         "row": row,
         "column": column,
         "test": test | {"accuracy_before": 10.0, "measures": measures or {}} | (counts or {}),
-        "hardware": "made up CPU, 1 thread(s)",
+        "hardware": "made up CPU, 1 thread",
         "versions": {"python": "3.11", "torch": "2.15"},
         "seconds": 90.0,
         "card": {"preprocessing": GREY},

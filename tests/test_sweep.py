@@ -35,7 +35,7 @@ def test_finished_jobs_are_skipped_and_failed_ones_listed_and_run_again(run):
     jobs = ("-m", "distilled.learning_rate=0.1,-1,0.2")
     code, error, _ = run("evaluate", *jobs, *SWEPT)
     assert code == 1
-    assert "1 job(s) of the sweep failed; the same command runs them again" in error
+    assert "1 job of the sweep failed; the same command runs them again" in error
     assert "distilled.learning_rate=-1" in error
     assert "learning_rate[0] must be a number above 0, not -1" in error
     assert "Traceback" not in error
@@ -148,7 +148,7 @@ def test_launchers(tmp_path, launcher):
     command += [*SWEPT, f"hydra/launcher={launcher}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert "1 job(s) of the sweep failed" in done.stderr
+    assert "1 job of the sweep failed" in done.stderr
     assert "learning_rate[0] must be a number above 0, not -1" in done.stderr
     assert len(list(tmp_path.glob("runs/sweep/*/result.json"))) == 2
 

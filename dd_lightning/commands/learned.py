@@ -12,6 +12,7 @@ from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.parametrisation import Budget, Images, Labels, Pixels
 from dd_lightning.system.seeding import Stream, generator
+from dd_lightning.system.words import counted
 from dd_lightning.training import Growing
 from dd_lightning.unroll import POOL, ShuffledOrder, Window
 
@@ -60,7 +61,7 @@ def learned(
     parts = [f"{tensor.numel():,} of {name}" for name, tensor in distilled.learned_images.items()]
     if raw_labels is not None:
         parts.append(f"{raw_labels.numel():,} of labels")
-    parts.append(f"{distilled.raw_learning_rates.numel()} learning rate(s)")
+    parts.append(counted(distilled.raw_learning_rates.numel(), "learning rate"))
     count = distilled.images.shape[0] * distilled.images.shape[1]
     log.info(f"distilling {distilled.stored_numbers:,} numbers into {count:,} images: {', '.join(parts)}")
     return distilled, raw_labels

@@ -13,6 +13,7 @@ from dd_lightning.report import field, figures, tables
 from dd_lightning.report.page import page
 from dd_lightning.report.runs import TRIAL, Run, find_runs
 from dd_lightning.system.atomic import write_bytes
+from dd_lightning.system.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +49,12 @@ def report(cfg: DictConfig) -> int:
     for run in own:
         log.info(f"{run.name}, {run.dataset}: {tables.number(*run.mean_and_std)} % ({os.path.relpath(run.folder)})")
     if trials:
-        log.info(f"{counted(trials)} with debug or fewer than {TRIAL} outer steps left out")
+        log.info(f"{counted(trials, 'run')} with debug or fewer than {TRIAL} outer steps left out")
     where = os.path.relpath(folder / "report.html")
     if missing:
         log.info(f"{len(missing)} of the paper's numbers have no run; {where} has the commands that make them")
-    log.info(f"{counted(len(runs))}; {where}, tables and figures beside it")
+    log.info(f"{counted(len(runs), 'run')}; {where}, tables and figures beside it")
     return len(missing)
-
-
-def counted(runs: int) -> str:
-    return f"{runs} run{'' if runs == 1 else 's'}"
 
 
 def own_runs(runs: list[Run], made: list[tables.Table], drawn: list[figures.Figure]) -> list[Run]:

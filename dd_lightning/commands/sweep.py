@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from dd_lightning.commands.resolvers import NOT_COMPUTED_FROM, SWEEP_FOLDER
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.signals import Interrupted
+from dd_lightning.system.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ class Failures(Callback):
         if failed:
             lines = [f"  {job['overrides']}: {job['error']}" for job in failed if job]
             sys.exit(
-                "\n".join([f"{len(failed)} job(s) of the sweep failed; the same command runs them again:", *lines])
+                "\n".join(
+                    [f"{counted(len(failed), 'job')} of the sweep failed; the same command runs them again:", *lines]
+                )
             )
         write_json(Path(config.hydra.sweep.dir, FINISHED), {"jobs": number_of_jobs(config)})
 

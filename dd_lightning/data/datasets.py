@@ -18,6 +18,7 @@ from dd_lightning.data.pictures import Pictures, Preprocessing
 from dd_lightning.system.checks import check_count, check_name, check_whole
 from dd_lightning.system.locking import locked
 from dd_lightning.system.seeding import Stream, generator
+from dd_lightning.system.words import counted
 
 
 class ImageDataset(ABC):
@@ -120,7 +121,7 @@ class ImageDataset(ABC):
             return values * channels
         if len(values) != channels:
             raise ValueError(
-                f"data set {self.name} has {channels} channel(s) but {len(values)} values of mean and std; "
+                f"data set {self.name} has {counted(channels, 'channel')} but {len(values)} values of mean and std; "
                 "set dataset.mean=null dataset.std=null to measure them"
             )
         return values

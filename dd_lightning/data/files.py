@@ -20,6 +20,7 @@ from dd_lightning.data.store import Form, Source, Store, StoredPictures, kept_co
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.checks import check_count, check_positive, check_whole
 from dd_lightning.system.seeding import Stream, generator
+from dd_lightning.system.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class PictureFiles(ImageDataset):
         if not self.skip_broken:
             more = f", and {count - 1} more" if count > 1 else ""
             raise ValueError(f"{first}{more}; remove such files, or leave them out with dataset.skip_broken=true")
-        log.warning(f"{self.name}: left out {count} file(s): {'; '.join(list(store.broken.values())[:3])}")
+        log.warning(f"{self.name}: left out {counted(count, 'file')}: {'; '.join(list(store.broken.values())[:3])}")
 
     def _check_empty(self, store: Store) -> None:
         assert self.class_names is not None

@@ -17,6 +17,7 @@ from dd_lightning.init import Init
 from dd_lightning.networks import Weights, confusion, stack
 from dd_lightning.objectives import Measures, Objective
 from dd_lightning.system.seeding import Stream, generator
+from dd_lightning.system.words import counted
 from dd_lightning.system.workers import Result, Workers
 from dd_lightning.unroll import Unroll
 
@@ -161,26 +162,25 @@ class Outcome:
     @property
     def counts(self) -> str:
         """How much the result is of, for people."""
-        networks = "" if self.networks is None else f" from {self.networks} network{'s' * (self.networks != 1)}"
+        networks = "" if self.networks is None else f" from {counted(self.networks, 'network')}"
         chose = "" if self.networks_chose is None else f", chosen with {self.networks_chose}"
-        count = len(self.result.accuracies)
-        return f"{count} result{'' if count == 1 else 's'}{networks}{chose}"
+        return f"{counted(len(self.result.accuracies), 'result')}{networks}{chose}"
 
     def lines(self) -> list[str]:
         """What was chosen, and on what, for people."""
         found, details = [], self.details
         if "chosen" in details:
             chosen = [f"{k} {v}" for k, v in details["chosen"].items() if not k.startswith(("validation", "test"))]
-            networks = f" and {details['networks_chose']} network(s)" if "networks_chose" in details else ""
+            networks = f" and {counted(details['networks_chose'], 'network')}" if "networks_chose" in details else ""
             found.append(f"chosen on {details['pictures_chose']} validation pictures{networks}: {', '.join(chosen)}")
             found.append(f"choosing on the test set would have brought {details['gap']:+.2f}")
         if sets := details.get("sets_chosen"):
-            on = f"{sets['training_pictures']} training pictures and {sets['networks']} network(s)"
+            on = f"{sets['training_pictures']} training pictures and {counted(sets['networks'], 'network')}"
             found.append(f"chosen on {on}: {details['sets']} of {sets['of']} sets")
         for one in details.get("controls", {}).values():
             spread = f" ± {one['accuracy_std']:.2f}" if one["accuracy_std"] else ""
             rate = f", rate {one['learning_rate']:g}" if "learning_rate" in one else ""
-            numbers = f"{one['stored_numbers']:,} numbers{rate}, {one['networks']} network(s)"
+            numbers = f"{one['stored_numbers']:,} numbers{rate}, {counted(one['networks'], 'network')}"
             found.append(f"beside it, {one['words']}: {one['accuracy_mean']:.2f}{spread} % ({numbers})")
         if details.get("scores"):
             found.append("scores: " + ", ".join(f"{name} {value:.3f}" for name, value in details["scores"].items()))

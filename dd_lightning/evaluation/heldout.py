@@ -18,6 +18,7 @@ from dd_lightning.init import Init
 from dd_lightning.networks import Weights, confusion, count, stack, unstack
 from dd_lightning.objectives import Classification, Measures, Objective
 from dd_lightning.system.seeding import Stream
+from dd_lightning.system.words import counted
 from dd_lightning.unroll import Unroll
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,9 @@ def count_choosing(init: Init, asked: int, what: str) -> int:
     """How many unseen networks choose `what`; says so where they are fewer than asked for."""
     there = init.num_distinct(asked, Stream.HELD_OUT_VALIDATION)
     if there < asked and not init.fixed:
-        log.warning(f"{there} network(s) for validation choose {what}, not {asked}: the population holds out too few")
+        found = counted(there, "network")
+        choose = "chooses" if there == 1 else "choose"
+        log.warning(f"{found} for validation {choose} {what}, not {asked}: the population holds out too few")
     return there
 
 

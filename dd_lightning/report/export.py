@@ -13,6 +13,7 @@ from torch import Tensor
 from dd_lightning.data import LABELS_FILE
 from dd_lightning.distilled import OTHERS, DistilledData
 from dd_lightning.system.atomic import atomic_path, write_bytes
+from dd_lightning.system.words import counted
 
 
 def export(distilled: DistilledData, folder: Path) -> None:
@@ -94,13 +95,13 @@ def explained(distilled: DistilledData, losses: str) -> str:
         order = f"any, in {distilled.inner_steps} steps; each with {card['order'].get('images_per_class') or 'all'}"
         order += f" images of each class, at a rate of {rates.flatten()[0]:.4g}"
     else:
-        order = f"{steps} step(s) of {batch} images in the order of the file, {len(rates)} times, each step at its own"
+        order = f"{counted(steps, 'step')} of {counted(batch, 'image')} in the order of the file, {len(rates)} times, each step at its own"
         order += " rate (learning_rates)"
     accuracy = card.get("accuracy", {})
-    mean = accuracy.get("accuracy_mean")
-    tested = (
-        "not tested" if mean is None else f"{mean:.2f} % on the test set, {accuracy.get('networks', '?')} network(s)"
-    )
+    tested = "not tested"
+    if "accuracy_mean" in accuracy:
+        networks = f", {counted(accuracy['networks'], 'network')}" if "networks" in accuracy else ""
+        tested = f"{accuracy['accuracy_mean']:.2f} % on the test set{networks}"
     return TEXT.format(
         count=steps * batch,
         channels=form["channels"],

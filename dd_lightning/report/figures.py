@@ -12,6 +12,7 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.report.picture import figure as picture
 from dd_lightning.report.runs import Measured, Run, measured
 from dd_lightning.report.tables import number
+from dd_lightning.system.words import counted
 
 Series = dict[str, dict[float, Measured]]  # what was measured at each x, by the name of its line
 
@@ -58,7 +59,7 @@ def distilled_images(key: str, entry: dict[str, Any], runs: list[Run]) -> Figure
     drawing = picture(distilled, distilled.preprocessing, reached)
     steps, batch = distilled.labels.shape
     words = (
-        f"{steps * batch} distilled images, a column for each class and a row for each of {steps} GD step(s), with the "
+        f"{steps * batch} distilled images, a column for each class and a row for each of {counted(steps, 'GD step')}, with the "
         f"learning rates of {len(distilled.learning_rates)} epochs at left. Test accuracy {reached}; {claim}."
     )
     return Figure(key, entry["number"], entry["title"], claim, words, [run], drawing)

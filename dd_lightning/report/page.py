@@ -13,6 +13,7 @@ from dd_lightning.report.figures import Figure
 from dd_lightning.report.gallery import gallery
 from dd_lightning.report.runs import Measured, Run
 from dd_lightning.report.tables import NOTE, Table, number
+from dd_lightning.system.words import counted
 
 
 def page(
@@ -118,7 +119,7 @@ def chosen(run: Run) -> str:
     if "pictures_chose" in use:
         found.append(f"on {use['pictures_chose']} validation pictures")
     if sets := use.get("sets_chosen"):
-        on = f"{sets['networks']} network(s) and {sets['training_pictures']} training pictures"
+        on = f"{counted(sets['networks'], 'network')} and {sets['training_pictures']} training pictures"
         found.append(f"{use['sets']} of {sets['of']} sets on {on}")
     return "; ".join(found)
 

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
+from dd_lightning.system.words import counted
+
 OK, NOTE, BROKEN = "ok", "note", "BROKEN"
 Found = tuple[str, str]  # one of these, and what was found
 
@@ -46,7 +48,7 @@ def machine() -> Found:
     """Cores, how busy they are, and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
-    text = f"{cores} core(s) for this process of {os.cpu_count()}, load {load:.1f}"
+    text = f"{counted(cores, 'core')} for this process of {os.cpu_count()}, load {load:.1f}"
     info = Path("/proc/meminfo")
     if info.exists():
         kib = dict(re.findall(r"(\w+):\s+(\d+) kB", info.read_text(encoding="utf-8")))

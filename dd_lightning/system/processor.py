@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch.backends import mkldnn
 
+from dd_lightning.system.words import counted
+
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,7 +94,7 @@ def hardware() -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else []
-    return f"{models[0] if models else platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    return f"{models[0] if models else platform.machine()} CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def versions() -> dict[str, str]:

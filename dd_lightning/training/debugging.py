@@ -20,6 +20,7 @@ from dd_lightning.data import RealData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.system.atomic import atomic_path, write_bytes
 from dd_lightning.system.checks import check_count
+from dd_lightning.system.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class OneMinibatch(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._losses and trainer.is_global_zero:
-            steps = f"{len(self._losses)} outer step(s)"
+            steps = counted(len(self._losses), "outer step")
             log.info(f"outer loss of one minibatch over {steps}: {self._losses[0]:.3g} → {self._losses[-1]:.3g}")
 
 

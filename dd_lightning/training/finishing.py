@@ -17,6 +17,7 @@ from dd_lightning.report.picture import draw, draw_bases
 from dd_lightning.report.prefixes import draw_prefixes
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.processor import hardware
+from dd_lightning.system.words import counted
 from dd_lightning.training.callbacks import HeldOutEvaluation, log_picture, of_kind
 from dd_lightning.training.growing import Growing
 from dd_lightning.training.resuming import ResumeCheckpoint
@@ -110,25 +111,21 @@ def tell(finished: Finished, trainer: pl.Trainer, fixed: bool, folder: Path) -> 
         fixed: whether they are for one fixed network.
     """
     result, images = finished.test, finished.distilled.images
-    networks = "the fixed network" if fixed else plural(len(result.accuracies), "unseen network")
+    networks = "the fixed network" if fixed else counted(len(result.accuracies), "unseen network")
     count, chose = images.shape[0] * images.shape[1], ""
     if finished.networks_chose is not None:
-        others = "the same network" if fixed else plural(finished.networks_chose, "other network")
+        others = "the same network" if fixed else counted(finished.networks_chose, "other network")
         chose = f", chosen with {others} on validation pictures"
     log.info(f"test accuracy of {networks}, trained on {count} distilled images{chose}: {result}")
     for line in result.lines():
         log.info(f"  {line}")
     for n, tested in finished.prefixes.items():
-        log.info(f"  the first {plural(n, 'image')} of each class: {tested}")
+        log.info(f"  the first {counted(n, 'image')} of each class: {tested}")
     where = os.path.relpath(folder)
     log.info(f"saved in {where}: distilled.safetensors, distilled.png, result.json")
     if trainer.global_step < trainer.max_steps:
         steps = f"{trainer.global_step} of {trainer.max_steps} outer steps"
         log.info(f"a callback stopped the run early, after {steps}; resume={where} goes on from there")
-
-
-def plural(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def load_best(trainer: pl.Trainer, distiller: DatasetDistiller) -> tuple[float | None, int | None]:
