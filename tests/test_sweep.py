@@ -35,7 +35,7 @@ def test_finished_jobs_are_skipped_and_failed_ones_listed_and_run_again(run):
     jobs = ("-m", "distilled.learning_rate=0.1,-1,0.2")
     code, error, _ = run("evaluate", *jobs, *SWEPT)
     assert code == 1
-    assert "1 job of the sweep failed; the same command runs them again" in error
+    assert "1 job of the sweep failed; the same command runs what failed again" in error
     assert "distilled.learning_rate=-1" in error
     assert "learning_rate[0] must be a number above 0, not -1" in error
     assert "Traceback" not in error

@@ -96,11 +96,8 @@ class Failures(Callback):
         failed = [_read(path) for path, time in _failures(config).items() if self._before.get(path) != time]
         if failed:
             lines = [f"  {job['overrides']}: {job['error']}" for job in failed if job]
-            sys.exit(
-                "\n".join(
-                    [f"{counted(len(failed), 'job')} of the sweep failed; the same command runs them again:", *lines]
-                )
-            )
+            head = f"{counted(len(failed), 'job')} of the sweep failed; the same command runs what failed again:"
+            sys.exit("\n".join([head, *lines]))
         write_json(Path(config.hydra.sweep.dir, FINISHED), {"jobs": number_of_jobs(config)})
 
 

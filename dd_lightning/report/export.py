@@ -95,8 +95,8 @@ def explained(distilled: DistilledData, losses: str) -> str:
         order = f"any, in {distilled.inner_steps} steps; each with {card['order'].get('images_per_class') or 'all'}"
         order += f" images of each class, at a rate of {rates.flatten()[0]:.4g}"
     else:
-        order = f"{counted(steps, 'step')} of {counted(batch, 'image')} in the order of the file, {len(rates)} times, each step at its own"
-        order += " rate (learning_rates)"
+        order = f"{counted(steps, 'step')} of {counted(batch, 'image')} in the order of the file, {len(rates)} times,"
+        order += " each step at its own rate (learning_rates)"
     accuracy = card.get("accuracy", {})
     tested = "not tested"
     if "accuracy_mean" in accuracy:

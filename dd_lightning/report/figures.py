@@ -59,8 +59,8 @@ def distilled_images(key: str, entry: dict[str, Any], runs: list[Run]) -> Figure
     drawing = picture(distilled, distilled.preprocessing, reached)
     steps, batch = distilled.labels.shape
     words = (
-        f"{steps * batch} distilled images, a column for each class and a row for each of {counted(steps, 'GD step')}, with the "
-        f"learning rates of {len(distilled.learning_rates)} epochs at left. Test accuracy {reached}; {claim}."
+        f"{steps * batch} distilled images, a column for each class and a row for each of {counted(steps, 'GD step')}, "
+        f"with the learning rates of {len(distilled.learning_rates)} epochs at left. Test accuracy {reached}; {claim}."
     )
     return Figure(key, entry["number"], entry["title"], claim, words, [run], drawing)
 
