@@ -183,11 +183,9 @@ class DatasetDistiller(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradient, summed over processes in double precision: it does not depend on which unrolled what."""
-        count = self.init.per_step * self.trainer.accumulate_grad_batches
         for parameter, gradient in zip(self._learned, self._gradients, strict=True):
-            total = self.trainer.strategy.reduce(gradient, reduce_op="sum") / count
-            before = 0 if parameter.grad is None else parameter.grad
-            parameter.grad = before + total.to(parameter.dtype)
+            total = self.trainer.strategy.reduce(gradient, reduce_op="sum") / self.init.per_step
+            parameter.grad = total.to(parameter.dtype)
 
     def configure_optimizers(self) -> Any:
         # Weight decay would draw raw rates to 0, a rate of 0.69.

@@ -13,6 +13,7 @@ from torch import nn
 from dd_lightning.data import FlipRotate, Siamese, Unchanged
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Ordinary, Training, fresh
+from dd_lightning.evaluation.ordinary import Protocol
 from dd_lightning.evaluation.scores import scores
 from dd_lightning.init import FixedInit
 from dd_lightning.sources import Sets, average_real, random_real, real_images
@@ -258,7 +259,7 @@ class WithFrozen(nn.Module):
 
 
 def test_frozen_weights_stay(evaluation):
-    from dd_lightning.evaluation.ordinary import Examples, Protocol, trained
+    from dd_lightning.evaluation.ordinary import Examples, trained
 
     network, (one,) = WithFrozen(), average_real(evaluation.data, steps=1).members
     weights = dict(network.named_parameters())
@@ -284,6 +285,27 @@ def test_controls_of_data_with_rates_of_their_own(evaluation):
     assert (controls["random"]["networks"], controls["random"]["sets"], controls["random"]["images"]) == (2, 5, 3)
     with pytest.raises(ValueError, match="unknown control 'whole'; choose one of random, hard"):
         Training(["whole"])
+
+
+def test_accuracy_during_training_is_of_validation_pictures(evaluation):
+    one = replace(with_soft_labels(evaluation.data), augment=Unchanged())
+    settings = {"optimizer": "sgd", "batch_size": 8, "momentum": 0.8, "weight_decay": 0.01, "seed": 5}
+    outcome = Ordinary([0.02], controls=["random"], epochs=4, **settings)(evaluation, Sets([one]))
+    along = outcome.details["along"]
+    assert along["epochs"] == [0, 1, 2, 3, 4]
+    assert outcome.details["controls"]["random"]["along"]["epochs"] == along["epochs"]
+    learner, validation = evaluation.learner, evaluation.data.validation
+    before, after = [], []
+    for index, weights in enumerate(learner.init.held_out(learner.network, 4, Stream.HELD_OUT_TEST)):
+        counters = (int(Stream.HELD_OUT_TEST), index)
+        trained = trained_by_hand(weights, one, counters, 0.02, 4, 8, PROTOCOLS["sgd"], 5)
+        network = SmallNet()
+        network.load_state_dict(weights)
+        for found, judged in ((before, network), (after, trained)):
+            found.append(100 * hits(judged, validation, evaluation.data.preprocessing) / len(validation))
+    assert along["accuracy"][0] == pytest.approx(np.mean(before))
+    assert along["accuracy"][-1] == pytest.approx(np.mean(after))
+    assert Protocol(epochs=300).judged == list(range(0, 301, 30))
 
 
 @pytest.mark.slow  # starts processes

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from dd_lightning.data import Unchanged
+from dd_lightning.data import RealData, Unchanged
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation.evaluator import Evaluation
+from dd_lightning.evaluation.heldout import HeldOutResult
 from dd_lightning.evaluation.ordinary import Examples, Protocol
-from dd_lightning.sources import Sets, random_real
+from dd_lightning.parametrisation import Pixels
+from dd_lightning.sources import Sets, random_real, real_images
+from dd_lightning.system.seeding import Stream, generator
 
 OWN = "own"
 CONTROLS = ("random", "hard", "whole", "unaugmented")
@@ -74,8 +78,38 @@ def contenders(
 
 def random_control(evaluation: Evaluation, distilled: DistilledData, seed: int) -> Sets:
     """Sets of random real images, as many of each class as the distilled data store numbers for; one at least."""
-    data = evaluation.data
-    per_class = distilled.stored_numbers // (distilled.images[0, 0].numel() * data.num_classes)
+    per_class = fitting(distilled.stored_numbers, distilled.images[0, 0].numel(), evaluation.data.num_classes)
     sets = min(RANDOM_SETS, evaluation.tested)
-    made = random_real(data, steps=1, epochs=1, images_per_class=max(per_class, 1), sets=sets, seed=seed)
+    made = random_real(evaluation.data, steps=1, epochs=1, images_per_class=per_class, sets=sets, seed=seed)
     return made.relabelled(evaluation.learner.objective)
+
+
+def random_alike(data: RealData, one: DistilledData) -> list[DistilledData]:
+    """Sets of random real images that are used as these data are; of bases, as many as have their stored numbers.
+
+    Raises:
+        ValueError: fewer real images of a class than that.
+    """
+    if one.raw_images is not None:
+        stored = sum(tensor.numel() for tensor in one.learned_images.values())
+        one = one.first(fitting(stored, one.images[:, 0].numel(), data.num_classes))
+    one = replace(one, soft_labels=None, raw_images=None, parametrisation=Pixels())
+    draws = [generator(data.seed, Stream.BASELINE, index) for index in range(RANDOM_SETS)]
+    return [replace(one, images=real_images(data, one.labels, random)) for random in draws]
+
+
+def fitting(numbers: int, pixels: int, classes: int) -> int:
+    """How many pictures of each class so many numbers store; one at least."""
+    return max(1, numbers // (pixels * classes))
+
+
+def entry(words: str, result: HeldOutResult, sets: int, images: int, numbers: int) -> dict[str, Any]:
+    """What `result.json` says of what was tested; images and stored numbers are of one set."""
+    return {
+        "words": words,
+        "accuracy_mean": result.mean,
+        "accuracy_std": result.std,
+        "sets": sets,
+        "images": images,
+        "stored_numbers": numbers,
+    }

@@ -8,17 +8,18 @@ import numpy as np
 from jaxtyping import Float
 
 from dd_lightning.data import Pictures
-from dd_lightning.evaluation.controls import CONTROLS, OWN, Contender, contenders
+from dd_lightning.evaluation.controls import CONTROLS, OWN, Contender, contenders, entry
 from dd_lightning.evaluation.evaluator import Evaluation, Outcome, held_out_result
-from dd_lightning.evaluation.grid import check_different, choice
+from dd_lightning.evaluation.grid import check_different, choice, share
 from dd_lightning.evaluation.heldout import HeldOutResult, count_choosing
-from dd_lightning.evaluation.ordinary import Protocol, judge_trained
+from dd_lightning.evaluation.ordinary import ALONG, Protocol, judge_trained
 from dd_lightning.evaluation.scores import scores
 from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_choice, check_count, check_positive
 from dd_lightning.system.seeding import Stream
 from dd_lightning.system.workers import Pieces, Result
 
+SEEN = 1000  # validation pictures on which accuracy during training is measured
 Chosen = tuple[float, dict[str, Any]]  # a learning rate, and what `result.json` says of all
 
 
@@ -27,7 +28,8 @@ class Ordinary:
 
     The rate is chosen on validation pictures, with networks held out for it; what choosing on the test set would have
     brought, as in published numbers, is told as `gap`. Every control chooses its own rate in the same way. Networks
-    are dealt over the sets, and so are those that choose.
+    are dealt over the sets, and so are those that choose. The accuracy during training is told as `along`, on
+    validation pictures.
 
     Args:
         learning_rates: to choose from.
@@ -72,8 +74,8 @@ class Ordinary:
             )
         compared = contenders(evaluation, sets.members, self.controls, self.protocol, self.whole)
         chosen, chose = self.choose(evaluation, compared)
-        results = self.test(evaluation, compared, {name: rate for name, (rate, _) in chosen.items()})
-        entries = {name: entry(one, results[name], chosen[name]) for name, one in compared.items()}
+        results, along = self.test(evaluation, compared, {name: rate for name, (rate, _) in chosen.items()})
+        entries = {name: about(one, results[name], chosen[name], along[name]) for name, one in compared.items()}
         means = {name: one["accuracy_mean"] for name, one in entries.items()}
         own, soft = entries.pop(OWN), sets.members[0].soft_labels is not None
         if not soft:
@@ -85,6 +87,7 @@ class Ordinary:
             "labels": "soft" if soft else "hard",
             "stored_numbers": own["stored_numbers"],
             "learning_rate": own["learning_rate"],
+            "along": own["along"],
             "controls": entries,
             "scores": scores(means),
         }
@@ -116,20 +119,22 @@ class Ordinary:
 
     def test(
         self, evaluation: Evaluation, compared: dict[str, Contender], rates: dict[str, float]
-    ) -> dict[str, HeldOutResult]:
-        """Every contender at its rate."""
+    ) -> tuple[dict[str, HeldOutResult], dict[str, list[float]]]:
+        """Every contender at its rate; and the mean accuracy of its networks along their training."""
         pieces: Pieces = {}
         for name, one in compared.items():
             common = (evaluation.networks, evaluation.stream, [evaluation.pictures])
-            pieces |= pieces_of(evaluation, name, one, rates[name], one.networks, *common)
-        results = evaluation.workers.map("testing", judge_trained, pieces)
-        found = {}
+            more = (*common, share(evaluation.data.validation, 0, SEEN))
+            pieces |= pieces_of(evaluation, name, one, rates[name], one.networks, *more)
+        results = evaluation.workers.map("training", judge_trained, pieces)
+        found, along = {}, {}
         for name in compared:
             of_one = {piece: result for piece, result in results.items() if piece.startswith(f"{name}_rate")}
+            along[name] = np.concatenate([result.pop(ALONG)[0] for result in of_one.values()]).mean(0).tolist()
             found[name] = held_out_result(
                 {piece: {measure: values[0] for measure, values in result.items()} for piece, result in of_one.items()}
             )
-        return found
+        return found, along
 
 
 def pieces_of(
@@ -141,13 +146,14 @@ def pieces_of(
     networks: int,
     stream: Stream,
     pictures: list[Pictures],
+    along: Pictures | None = None,
 ) -> Pieces:
     """A piece for each of the first `count` of so many networks, dealt over the sets."""
     found: Pieces = {}
     for index in range(count):
         examples = contender.sets[index % len(contender.sets)]
         training = (evaluation.learner, examples, rate, contender.protocol)
-        found[f"{name}_rate{rate}_network{index}"] = (*training, index, networks, stream, pictures)
+        found[f"{name}_rate{rate}_network{index}"] = (*training, index, networks, stream, pictures, along)
     return found
 
 
@@ -157,18 +163,14 @@ def accuracy_after(results: dict[str, Result], name: str, rate: float) -> Float[
     return np.concatenate([next(iter(result.values()))[:, :, -1] for result in of_rate], axis=1).mean(1)
 
 
-def entry(contender: Contender, result: HeldOutResult, chosen: Chosen) -> dict[str, Any]:
+def about(contender: Contender, result: HeldOutResult, chosen: Chosen, along: list[float]) -> dict[str, Any]:
     """What `result.json` says of a contender."""
     rate, details = chosen
-    return {
-        "words": contender.words,
-        "accuracy_mean": result.mean,
-        "accuracy_std": result.std,
+    common = entry(contender.words, result, len(contender.sets), len(contender.sets[0]), contender.numbers)
+    return common | {
         "networks": len(result.accuracies),
-        "sets": len(contender.sets),
-        "images": len(contender.sets[0]),
-        "stored_numbers": contender.numbers,
         "epochs": contender.protocol.epochs,
         "learning_rate": rate,
+        "along": {"epochs": contender.protocol.judged, "accuracy": along},
         **({"gap": details["gap"]} if details else {}),
     }

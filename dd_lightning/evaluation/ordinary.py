@@ -18,6 +18,8 @@ from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.workers import Result
 
 OPTIMIZERS = ("sgd", "adam")
+ALONG = "along"  # the name, beside those of measures, of accuracies during training
+POINTS = 10  # of training, at which it is judged
 DECAY = 0.1  # of the learning rate, after half of the epochs
 
 
@@ -87,6 +89,11 @@ class Protocol:
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1, not {self.momentum}")
 
+    @property
+    def judged(self) -> list[int]:
+        """The numbers of epochs after which a network is judged along its training."""
+        return sorted({round(self.epochs * point / POINTS) for point in range(POINTS + 1)})
+
     def torch_optimizer(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, learning_rate, weight_decay=self.weight_decay)
@@ -100,6 +107,7 @@ def trained(
     learning_rate: float,
     protocol: Protocol,
     counters: tuple[int, ...] = (),
+    after_epoch: Callable[[int, dict[str, Tensor]], None] = lambda epochs, weights: None,
 ) -> dict[str, Tensor]:
     """The weights of one network after training, with dropout off.
 
@@ -107,6 +115,7 @@ def trained(
         network: the template.
         weights: before training.
         counters: which network it is; minibatches and augmentation depend on the seed and these alone.
+        after_epoch: told the weights after so many epochs; it must leave them as they are.
     """
     seed, stream = protocol.seed, Stream.ORDINARY
     first, _ = examples.minibatch(torch.arange(min(2, len(examples))), generator(seed, stream, *counters))
@@ -116,7 +125,7 @@ def trained(
         for i, chosen in enumerate(order.split(protocol.batch_size)):
             yield examples.minibatch(chosen, generator(seed, stream, *counters, epoch, i))
 
-    return trained_on(network, weights, minibatches, first, learning_rate, protocol)
+    return trained_on(network, weights, minibatches, first, learning_rate, protocol, after_epoch)
 
 
 def trained_on(
@@ -126,12 +135,14 @@ def trained_on(
     first: Float[Tensor, "batch c h w"],
     learning_rate: float,
     protocol: Protocol,
+    after_epoch: Callable[[int, dict[str, Tensor]], None] = lambda epochs, weights: None,
 ) -> dict[str, Tensor]:
     """The weights of one network after training on these minibatches.
 
     Args:
         minibatches: of an epoch.
         first: two images.
+        after_epoch: as in `trained`.
     """
     fixed = frozen(network)
     # On CPUs the gradient of group norm is slow in channels last.
@@ -151,6 +162,7 @@ def trained_on(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+            after_epoch(epoch + 1, weights)
     return {name: value.detach() for name, value in weights.items()}
 
 
@@ -163,16 +175,30 @@ def judge_trained(
     networks: int,
     stream: Stream,
     parts_of_pictures: list[Pictures],
+    along: Pictures | None = None,
 ) -> Result:
     """One unseen network, the `index`-th of so many, judged before and after its training.
 
+    Args:
+        along: pictures that its accuracy is measured on during its training, too.
+
     Returns:
-        Each measure in %, [pictures, network, point], of the one network.
+        Each measure in %, [pictures, network, point], of the one network; and `along`, where it was asked for, [1,
+        network, point]: the accuracy after as many epochs as the protocol's `judged` says.
     """
     (theta,) = learner.held_out(networks, stream, slice(index, index + 1))
+    seen: list[Tensor] = []
+
+    def judge(epochs: int, weights: dict[str, Tensor]) -> None:
+        if along is not None and epochs in protocol.judged:
+            with torch.no_grad():
+                seen.append(next(iter(learner.judged(stack([weights]), along).values())))
+
+    judge(0, theta)
     device = parts_of_pictures[0].labels.device
-    after = trained(learner.network, theta, examples.to(device), learning_rate, protocol, (int(stream), index))
-    return before_and_after(learner, theta, after, parts_of_pictures)
+    after = trained(learner.network, theta, examples.to(device), learning_rate, protocol, (int(stream), index), judge)
+    found = before_and_after(learner, theta, after, parts_of_pictures)
+    return found | ({ALONG: torch.stack(seen, 1)[None].cpu().numpy()} if seen else {})
 
 
 def before_and_after(

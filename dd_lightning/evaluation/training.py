@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dd_lightning.data import RealData
 from dd_lightning.distilled import DistilledData
-from dd_lightning.evaluation.controls import RANDOM_SETS
+from dd_lightning.evaluation.controls import RANDOM_SETS, entry, random_alike
 from dd_lightning.evaluation.evaluator import Evaluation, Outcome
-from dd_lightning.parametrisation import Pixels
-from dd_lightning.sources import Sets, real_images
+from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_choice
-from dd_lightning.system.seeding import Stream, generator
 
 log = logging.getLogger(__name__)
 
@@ -54,38 +51,18 @@ class Training:
         if "random" in self.controls:
             few = replace(evaluation, networks=-(-evaluation.networks // RANDOM_SETS))
             try:
-                members = random_instead(evaluation.data, one)
-                found["random"] = entry(few, members, f"{members[0].labels.numel()} random real images")
+                members = random_alike(evaluation.data, one)
+                found["random"] = tested(few, members, f"{members[0].labels.numel()} random real images")
             except ValueError as reason:  # a control that cannot be had is no reason to have no result
                 log.warning(f"No random real images stand beside these data: {reason}.")
         if "hard" in self.controls and one.soft_labels is not None:
-            found["hard"] = entry(evaluation, [replace(one, soft_labels=None)], "the same images with hard labels")
+            hard = [replace(one, soft_labels=None)]
+            found["hard"] = tested(evaluation, hard, "the same images with hard labels")
         return found
 
 
-def random_instead(data: RealData, one: DistilledData) -> list[DistilledData]:
-    """Sets of random real images that are used as these data are; of bases, as many as have their stored numbers.
-
-    Raises:
-        ValueError: fewer real images of a class than that.
-    """
-    if one.raw_images is not None:
-        stored = sum(tensor.numel() for tensor in one.learned_images.values())
-        one = one.first(max(1, stored // (one.images[:, 0].numel() * data.num_classes)))
-    one = replace(one, soft_labels=None, raw_images=None, parametrisation=Pixels())
-    draws = [generator(data.seed, Stream.BASELINE, index) for index in range(RANDOM_SETS)]
-    return [replace(one, images=real_images(data, one.labels, random)) for random in draws]
-
-
-def entry(evaluation: Evaluation, members: list[DistilledData], words: str) -> dict[str, Any]:
+def tested(evaluation: Evaluation, members: list[DistilledData], words: str) -> dict[str, Any]:
     """What `result.json` says of a control."""
     result = evaluation.test(members, f"testing {words.rpartition('random ')[2]}")
-    return {
-        "words": words,
-        "accuracy_mean": result.mean,
-        "accuracy_std": result.std,
-        "networks": evaluation.tested,
-        "sets": len(members),
-        "images": members[0].labels.numel(),
-        "stored_numbers": members[0].stored_numbers,
-    }
+    counts = (len(members), members[0].labels.numel(), members[0].stored_numbers)
+    return entry(words, result, *counts) | {"networks": evaluation.tested}
