@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ from test_report import write_run
 
 from dd_lightning import DistilledData
 from dd_lightning.commands.report import PAPER
-from dd_lightning.report.field import budget, comma_separated, field_tables, heat_map, matrix_of, short
+from dd_lightning.report import field
+from dd_lightning.report.along import training
+from dd_lightning.report.architectures import comma_separated, heat_map, matrix_of, short
+from dd_lightning.report.budgets import budget, growth
+from dd_lightning.report.field import Protocol, field_tables
 from dd_lightning.report.gallery import gallery
 from dd_lightning.report.runs import find_runs
+from dd_lightning.report.searches import searches
 
 FIELD = yaml.safe_load(PAPER.read_text())["field"]
 NETWORK = {"_target_": "dd_lightning.networks.ConvNet", "width": 32, "norm": "instance"}
@@ -39,11 +45,12 @@ def test_sets_stand_against_architectures(tmp_path):
     assert matrix.text("gallery:any", "MLP") == "80.0 ± 1.4"
     assert matrix.text("fig3a", "MLP") == ""
     rows = list(csv.DictReader(comma_separated(matrix).splitlines()))
-    assert [(row["set"], row["network"], float(row["mean"])) for row in rows] == [
-        ("fig3a", "LeNet", 60.0),
-        ("gallery:any", "LeNet", 90.0),
-        ("gallery:any", "MLP", 80.0),
+    assert [(row["set"], row["stored_numbers"], row["network"], float(row["mean"])) for row in rows] == [
+        ("fig3a", "79400", "LeNet", 60.0),
+        ("gallery:any", "79400", "LeNet", 90.0),
+        ("gallery:any", "79400", "MLP", 80.0),
     ]
+    assert matrix.numbers_text("fig3a") == "79,400"
     figure = heat_map(matrix)
     assert figure.drawing is not None
     assert "gallery:any: LeNet 90.0 ± 1.4, MLP 80.0 ± 1.4" in figure.words
@@ -75,16 +82,26 @@ def test_ours_stand_beside_published_numbers(tmp_path):
     lines = {line.title: line for line in table.lines}
     assert lines["gallery:any"].texts == {1: "89.0 ± 1.4", 10: "97.0 ± 1.4"}
     assert lines["Random real images"].texts == {1: "60.0 ± 1.0", 10: "90.0 ± 1.0"}
-    protocol = "sgd, 300 epochs, augmentation dsa, rate chosen on validation pictures; width 32, instance norm"
-    assert lines["gallery:any"].protocol == f"soft labels; {protocol}"
+    training, chosen = "sgd, 300 epochs, augmentation dsa", "validation pictures: rate"
+    made = Protocol("ConvNet, width 32, instance norm", "soft", training, chosen)
+    assert lines["gallery:any"].protocol == made
+    assert lines["Random real images"].protocol == replace(made, labels="hard")
+    assert lines["gallery:any"].numbers == {1: 8840, 10: 79400}
+    assert lines["Random real images"].numbers == {1: 7840, 10: 78400}
     assert lines["DC"].texts == {1: "91.7", 10: "97.4", 50: "98.8"}
+    assert lines["DC"].numbers == {1: 7840, 10: 78400, 50: 392000}
+    assert lines["KIP → finite network"].numbers[1] == 7840 + 10 * 10  # with learned labels
+    assert lines["KIP → finite network"].protocol == Protocol("ConvNet, width 1024", "learned", *["not known"] * 2)
+    rows = list(csv.DictReader(field.comma_separated(tables.values()).splitlines()))
+    assert rows[0]["method"] == "gallery:any"
+    assert (rows[0]["stored_numbers"], rows[0]["chosen"], rows[0]["source"]) == ("8840", chosen, "here")
     assert [line.ours for line in table.lines[:3]] == [True, True, False]
 
 
 def test_published_numbers_have_a_source_and_a_protocol():
     for method in FIELD["methods"].values():
         assert method["source"]
-        assert method["protocol"]
+        assert method.get("labels") in ("hard", "soft", "learned", None)
         assert set(method["cells"]) <= set(FIELD["sets"])
     printed = {
         key: list(method["cells"]["cifar10"].values())
@@ -109,8 +126,12 @@ def test_accuracy_stands_over_stored_numbers(tmp_path):
     for images in (10, 100):
         write_ordinary(tmp_path / str(images), "gallery:any", "ConvNet", [80.0 + images / 10], images=images)
     figure = budget(find_runs([tmp_path]))
-    assert "MNIST, ConvNet: 81.0 at 8,840, 90.0 at 79,400" in figure.words
-    assert "MNIST, ConvNet, random real: 50.0 at 7,840, 50.0 at 78,400" in figure.words
+    assert "MNIST, ConvNet: 81.0 at 1 (8,840), 90.0 at 10 (79,400)" in figure.words
+    assert "MNIST, ConvNet, random real: 50.0 ± 1.0 at 1 (7,840), 50.0 ± 1.0 at 10 (78,400)" in figure.words
+    assert figure.drawing is not None
+    by_images, by_numbers = figure.drawing.axes
+    found = [[list(line.lines[0].get_xdata()) for line in axis.containers] for axis in (by_images, by_numbers)]
+    assert found == [[[1, 10], [1, 10]], [[8840, 79400], [7840, 78400]]]
     assert budget([]).drawing is None
 
 
@@ -145,3 +166,63 @@ def test_the_sweep_fills_the_matrix(run, packed, tmp_path):
     text = (tmp_path / "runs" / "report" / "report.html").read_text()
     assert "Sets against architectures" in text
     assert (tmp_path / "runs" / "report" / "architectures.png").stat().st_size > 1000
+
+
+def write_result(folder, **entries):
+    path = folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_prefixes_stand_beside_random_images_and_sets_for_their_budget(tmp_path):
+    of_set = {"dataset": {"name": "mnist"}, "network": NETWORK, "order": {"_target_": "ShuffledOrder"}}
+    grown = [{"images_per_class": n, "accuracy_mean": 60.0 + n, "accuracy_std": 1.0, "networks": 2} for n in (1, 2)]
+    write_run(tmp_path / "grown", [62.0], "grow_mnist", **of_set)
+    write_result(
+        tmp_path / "grown", prefixes=[one | {"stored_numbers": 7841 * one["images_per_class"]} for one in grown]
+    )
+    for n, mean in ((1, 40.0), (2, 50.0)):
+        source = {"_target_": "sources.random_subsets", "images_per_class": n}
+        write_run(tmp_path / f"random{n}", [mean], **{**of_set, "distilled": source})
+        use = {"use": {"choice": "training"}, "set": "runs/any_mnist", "stored_numbers": 7841 * n}
+        write_result(tmp_path / f"random{n}", **use)
+        settings = {**of_set, "distilled": {"images_per_class": n}}
+        write_run(tmp_path / f"made{n}", [60.5 + n], f"any_mnist_{n}", **settings)
+        write_result(tmp_path / f"made{n}", card={"stored_numbers": 7841 * n})
+    other = {**of_set, "dataset": {"name": "usps"}, "distilled": {"images_per_class": 1}}
+    write_run(tmp_path / "other", [99.0], "any_usps_1", **other)
+    figure = growth(find_runs([tmp_path]))
+    assert figure.words.endswith(
+        "MNIST, ConvNet: made for each budget: 61.5 at 1 (7,841), 62.5 at 2 (15,682); "
+        "MNIST, ConvNet: prefixes of grow_mnist: 61.0 ± 1.0 at 1 (7,841), 62.0 ± 1.0 at 2 (15,682); "
+        "MNIST, ConvNet: random images of any_mnist: 40.0 at 1 (7,841), 50.0 at 2 (15,682)."
+    )
+    assert figure.drawing is not None
+    assert growth([]).commands[0] == "dd-distill experiment=grow_mnist"
+
+
+def test_accuracy_during_training_has_a_panel_for_each_network(tmp_path):
+    for network in ("ConvNet", "LeNet"):
+        write_ordinary(tmp_path / network, "gallery:any", network, [90.0])
+        result = json.loads((tmp_path / network / "result.json").read_text())
+        result["use"]["along"] = {"epochs": [0, 5, 10], "accuracy": [10.0, 80.0, 90.0]}
+        result["use"]["controls"]["random"]["along"] = {"epochs": [0, 5, 10], "accuracy": [10.0, 40.0, 50.0]}
+        write_result(tmp_path / network, use=result["use"])
+    figure = training(find_runs([tmp_path]))
+    assert "MNIST, LeNet: gallery:any 10.0, 80.0, 90.0; gallery:any, random 10.0, 40.0, 50.0" in figure.words
+    assert figure.drawing is not None
+    assert [axis.get_title() for axis in figure.drawing.axes] == ["MNIST, ConvNet", "MNIST, LeNet"]
+    assert [list(line.get_ydata()) for line in figure.drawing.axes[0].lines] == [[10, 80, 90], [10, 40, 50]]
+    assert training([]).drawing is None
+
+
+def test_searches_are_figures_of_the_page(tmp_path):
+    trials = [{"number": n, "value": v, "settings": {"optimizer.lr": n / 10}} for n, v in ((0, 70.0), (2, 90.0))]
+    (tmp_path / "search_demo").mkdir()
+    path = tmp_path / "search_demo" / "search.json"
+    path.write_text(json.dumps({"trials": trials, "of": 3, "importances": {"optimizer.lr": 1.0}}))
+    (figure,) = searches([tmp_path])
+    assert figure.words.startswith("Best of 3 trials: 90.00 % on validation pictures, with optimizer.lr 0.2.")
+    assert figure.drawing is not None
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"search\.json is truncated"):
+        searches([tmp_path])

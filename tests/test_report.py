@@ -38,6 +38,8 @@ def write_run(
     if column and column.endswith("real"):
         chosen = {"learning_rate": "learned", "epochs": 3, "validation": 70.0, "test": 71.0}
         result["use"] = {"choice": "grid", "chosen": chosen, "gap": 0.4}
+    if column:
+        result["stored_numbers"] = 78430
     (folder / "result.json").write_text(json.dumps(result))
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump({"name": name, "seed": seed, **config}))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([f"experiment={name}", f"seed={seed}"]))
@@ -105,12 +107,14 @@ def test_a_table_holds_ours_beside_the_papers(tmp_path):
     text = markdown(table)
     line = next(line for line in text.splitlines() if line.startswith("| k-means |"))
     empty = "`dd-evaluate sweep=table1_baselines row=cifar10 column=kmeans`"
-    assert line == f"| k-means | 78.0 ± 2.8 | 76.4 ± 9.5 | +1.6 | 200 (20 chose) | {empty} | 22.5 ± 3.1 |  |  |"
+    ours = "78.0 ± 2.8 | 76.4 ± 9.5 | +1.6 | 200 (20 chose) | 78,430"
+    assert line == f"| k-means | {ours} | {empty} | 22.5 ± 3.1 |  |  |  |"
     assert "Networks: how many were tested, and in brackets how many others chose" in text
     tex = latex(table)
-    assert r"k-means & 78.0 $\pm$ 2.8 & 76.4 $\pm$ 9.5 & +1.6 & 200 (20 chose) &  & 22.5 $\pm$ 3.1 &  &  \\" in tex
+    ours = r"k-means & 78.0 $\pm$ 2.8 & 76.4 $\pm$ 9.5 & +1.6 & 200 (20 chose) & 78,430 &"
+    assert rf"{ours}  & 22.5 $\pm$ 3.1 &  &  &  \\" in tex
     assert "% cifar10, kmeans is missing: dd-evaluate" in tex
-    assert all(line.count("&") == 8 for line in tex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
+    assert all(line.count("&") == 10 for line in tex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line)
 
 
 def test_a_number_of_other_pictures_or_another_network_says_so(tmp_path):
@@ -217,6 +221,7 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
         rows = {(r["row"], r["column"]): r for r in csv.DictReader(file)}
     assert float(rows["m2u", "kmeans"]["difference"]) == pytest.approx(0.5)
     assert (rows["m2u", "kmeans"]["networks"], rows["m2u", "kmeans"]["networks_chose"]) == ("8", "2")
+    assert rows["m2u", "kmeans"]["stored_numbers"] == "78430"
     assert rows["m2u", "random_real"]["networks_chose"] == rows["s2m", "kmeans"]["mean"] == ""
     text = (folder / "report.html").read_text()
     checker = Checker()
@@ -228,7 +233,8 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
     assert {link[1:] for link in checker.links} <= set(checker.ids)
     assert "://" not in text
     assert "dd-evaluate sweep=table2_baselines row=s2m column=kmeans" in text
-    assert "<td>8 (2 chose)</td>" in text
+    assert "<td>8 (2 chose)</td><td>78,430</td>" in text
+    assert "<dt>Stored numbers</dt><dd>15,686</dd>" in text  # of a result that does not say, counted in its file
     assert "<dt>Networks</dt><dd>8 (2 chose)</dd>" in text
     assert "Networks: 1 (1 chose).</figcaption>" in text
     assert "learning rate learned, epochs 3; chosen on the test set: +0.4" in text

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dd_lightning.commands.launch import command
-from dd_lightning.report import field, figures, tables
+from dd_lightning.report import along, architectures, budgets, field, figures, searches, tables
 from dd_lightning.report.page import page
 from dd_lightning.report.runs import TRIAL, Run, find_runs
 from dd_lightning.system.atomic import write_bytes
@@ -21,7 +21,7 @@ PAPER = Path(tables.__file__).with_name("paper.yaml")
 
 
 def report(cfg: DictConfig) -> int:
-    """Writes Tables 1 to 3, Figures 2 to 6, sets against architectures, and `report.html`.
+    """Writes Tables 1 to 3, Figures 2 to 6, what stands beside the paper, and `report.html`.
 
     Returns:
         How many numbers of the tables are missing.
@@ -34,14 +34,17 @@ def report(cfg: DictConfig) -> int:
     for table in made:
         for suffix, form in (("md", tables.markdown), ("tex", tables.latex), ("csv", tables.comma_separated)):
             write_bytes(folder / f"{table.key}.{suffix}", form(table).encode())
-    matrix = field.matrix_of(runs)
-    write_bytes(folder / "architectures.csv", field.comma_separated(matrix).encode())
-    drawn = [*figures.make_figures(paper, runs), field.heat_map(matrix), field.budget(runs)]
+    matrix = architectures.matrix_of(runs)
+    write_bytes(folder / "architectures.csv", architectures.comma_separated(matrix).encode())
+    drawn = [*figures.make_figures(paper, runs), architectures.heat_map(matrix)]
+    drawn += [budgets.budget(runs), budgets.growth(runs), along.training(runs)]
+    drawn += searches.searches(Path(one) for one in cfg.folders)
     for figure in drawn:
         if figure.drawing is not None:
             for suffix in ("png", "pdf"):
                 figures.save(figure.drawing, folder / f"{figure.key}.{suffix}")
     methods = field.field_tables(paper["field"], runs)
+    write_bytes(folder / "field.csv", field.comma_separated(methods).encode())
     own = own_runs(runs, made, drawn)
     trials = len(found) - len(runs)
     write_bytes(folder / "report.html", page(made, drawn, methods, matrix, own, len(runs), trials).encode())

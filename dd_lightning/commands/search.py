@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dd_lightning.commands.launch import CONF
-from dd_lightning.system.atomic import atomic_path, write_bytes
+from dd_lightning.system.atomic import write_bytes, write_json
 from dd_lightning.system.locking import locked
 
 # What the command line may say otherwise when a search goes on.
@@ -61,6 +60,8 @@ class Search(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         import optuna  # type: ignore[import-not-found]
 
+        from dd_lightning.report.searches import RECORD, draw_search
+
         folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
         study = optuna.load_study(storage=sweeper.storage, study_name=sweeper.study_name)
         done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
@@ -74,7 +75,8 @@ class Search(Callback):
             choices.get("experiment"), [*given, *(f"{k}={v}" for k, v in study.best_params.items())], about
         )
         write_bytes(folder / "experiment" / "best.yaml", text.encode())
-        draw(study, folder / "search.png")
+        write_json(folder / RECORD, found := record(study))
+        draw_search(found, folder / "search.png")
         where = os.path.relpath(folder)
         print(
             f"{about}\ndd-distill --config-dir {where} experiment=best    # {where}/search.png: all trials", flush=True
@@ -105,29 +107,14 @@ def experiment(base: str | None, overrides: list[str], about: str) -> str:
     return f"# @package _global_\n# {about}\n{yaml.safe_dump(content, sort_keys=False)}"
 
 
-def draw(study: Any, path: Path) -> None:
-    """Accuracy of every trial and the best so far; and how much each setting matters."""
+def record(study: Any) -> dict[str, Any]:
+    """What a report tells of a search: trials that were completed, and how much each setting matters."""
     import optuna  # type: ignore[import-not-found]
-    from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")
-    history, importance = fig.subplots(1, 2)
     trials = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    history.plot([t.number for t in trials], [t.value for t in trials], "o", label="trials")
-    history.step([t.number for t in trials], list(best_so_far(trials)), where="post", label="best so far")
-    history.set(xlabel="trial", ylabel="validation accuracy in %")
-    history.legend(loc="lower right")
-    if len(trials) > 1 and len({t.value for t in trials}) > 1:
+    importances: dict[str, float] = {}
+    if len({trial.value for trial in trials}) > 1:
         evaluator = optuna.importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        importance.barh(list(shares)[::-1], list(shares.values())[::-1])
-    importance.set(xlabel="share of the differences explained", xlim=(0, 1))
-    with atomic_path(path) as temporary:
-        fig.savefig(temporary)
-
-
-def best_so_far(trials: list[Any]) -> Iterator[float]:
-    best = float("-inf")
-    for trial in trials:
-        best = max(best, trial.value)
-        yield best
+        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    done = [{"number": trial.number, "value": trial.value, "settings": trial.params} for trial in trials]
+    return {"trials": done, "of": len(study.trials), "importances": importances}

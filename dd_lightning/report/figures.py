@@ -19,7 +19,7 @@ Series = dict[str, dict[float, Measured]]  # what was measured at each x, by the
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the paper, with what our runs show in it.
+    """A figure of the paper, or one of ours, with what our runs show in it.
 
     Attributes:
         words: what is to be seen, for those who do not see it.
@@ -36,6 +36,11 @@ class Figure:
     runs: list[Run] = field(default_factory=list)
     drawing: Drawing | None = None
     commands: list[str] = field(default_factory=list)
+
+    @property
+    def published(self) -> bool:
+        """Whether the paper has it."""
+        return self.number.startswith("Figure")
 
 
 def make_figures(paper: dict[str, Any], runs: list[Run]) -> list[Figure]:
@@ -60,7 +65,8 @@ def distilled_images(key: str, entry: dict[str, Any], runs: list[Run]) -> Figure
     steps, batch = distilled.labels.shape
     words = (
         f"{steps * batch} distilled images, a column for each class and a row for each of {counted(steps, 'GD step')}, "
-        f"with the learning rates of {len(distilled.learning_rates)} epochs at left. Test accuracy {reached}; {claim}."
+        f"with the learning rates of {counted(len(distilled.learning_rates), 'epoch')} at left; "
+        f"{distilled.stored_numbers:,} stored numbers. Test accuracy {reached}; {claim}."
     )
     return Figure(key, entry["number"], entry["title"], claim, words, [run], drawing)
 
@@ -225,11 +231,14 @@ def _height(one: Measured | None, measure: str) -> float:
 
 
 def axes_of(count: int) -> tuple[Drawing, list[Any]]:
-    """An empty drawing with so many axes side by side."""
-    drawing = Drawing(figsize=(6 if count == 1 else 9, 4), dpi=120, layout="constrained")
+    """An empty drawing with so many axes, two side by side."""
+    columns, rows = min(count, 2), -(-count // 2)
+    drawing = Drawing(figsize=(6 if count == 1 else 9, 4 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
-    axes: Any = drawing.subplots(1, count, squeeze=False)
-    return drawing, list(axes[0])
+    axes: Any = drawing.subplots(rows, columns, squeeze=False)
+    for empty in axes.flat[count:]:
+        empty.remove()
+    return drawing, list(axes.flat[:count])
 
 
 def save(drawing: Drawing, path: Path) -> None:

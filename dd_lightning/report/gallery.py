@@ -41,7 +41,8 @@ def entry(name: str, data: DistilledData) -> Entry:
     labels = "hard" if data.soft_labels is None else "learned"
     dataset, network, init = (card[group]["choice"] for group in ("dataset", "network", "init"))
     words = (
-        f"{data.labels.numel()} images with {labels} labels for {dataset}, network {network}, {init} initial weights"
+        f"{data.labels.numel()} images with {labels} labels ({data.stored_numbers:,} stored numbers) for {dataset}, "
+        f"network {network}, {init} initial weights"
     )
     spread = test["accuracy_std"] if test["networks"] > 1 else None
     return Entry(name, words, number(test["accuracy_mean"], spread), card["gallery"], grid(data.images.flatten(0, 1)))

@@ -8,7 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 
-from dd_lightning.report.field import FieldTable, Matrix
+from dd_lightning.report.architectures import Matrix
+from dd_lightning.report.field import FieldTable
 from dd_lightning.report.figures import Figure
 from dd_lightning.report.gallery import gallery
 from dd_lightning.report.runs import Measured, Run

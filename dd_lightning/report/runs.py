@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dd_lightning.distilled import DistilledData
+
 # Settings that do not decide what is computed, or that runs of one experiment may differ in.
 TRIAL = 100  # outer steps: a run of fewer tried out whether it works
 APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback", "logger", "processes", "device")
@@ -103,9 +105,17 @@ class Run:
     def versions(self) -> dict[str, str]:
         return self.result.get("versions") or self.result.get("card", {}).get("versions", {})
 
+    @cached_property
+    def stored_numbers(self) -> int | None:
+        """Of its data: of one set, where there are several; None where it has none, or its result is older."""
+        places = (self.result, self.result.get("use", {}), self.result.get("card", {}))
+        told = [place["stored_numbers"] for place in places if place.get("stored_numbers") is not None]
+        file = self.folder / "distilled.safetensors"
+        return told[0] if told else DistilledData.load(file).stored_numbers if file.is_file() else None
+
     def setting(self, key: str) -> Any:
-        """A setting by its dotted name; None where there is none."""
-        return OmegaConf.select(OmegaConf.create(self.config), key)
+        """A setting by its dotted name, such as a card of data says it; None where there is none."""
+        return OmegaConf.select(OmegaConf.create(self.config | self.result.get("settings", {})), key)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
@@ -156,6 +166,12 @@ class Measured:
             return ""
         chose = newest.networks_chose
         return f"{newest.networks}" + ("" if chose is None else f" ({chose} chose)")
+
+    @property
+    def numbers_text(self) -> str:
+        """How many numbers its data store; empty where that is not known."""
+        numbers = self.runs[0].stored_numbers
+        return "" if numbers is None else f"{numbers:,}"
 
     def measure(self, name: str) -> float | None:
         """Mean of another measure after training, where the runs have it."""

@@ -44,15 +44,20 @@ class Cell:
         return "" if self.ours is None else self.ours.networks_text
 
     @property
-    def texts(self) -> tuple[str, str, str, str]:
+    def numbers_text(self) -> str:
+        return "" if self.ours is None else self.ours.numbers_text
+
+    @property
+    def texts(self) -> tuple[str, ...]:
         """Its part of a table's line, as `HEADS` says."""
-        return self.ours_text, self.paper_text, self.difference_text, self.networks_text
+        return self.ours_text, self.paper_text, self.difference_text, self.networks_text, self.numbers_text
 
 
-HEADS = ("here", "paper", "difference", "networks")
+HEADS = ("here", "paper", "difference", "networks", "numbers")
 NOTE = (
     "Networks: how many were tested, and in brackets how many others chose what was tested (learning rates, epochs, "
-    "image sets, or the distilled images along a run); one fixed network chooses for itself, and K-NN has none."
+    "image sets, or the distilled images along a run); one fixed network chooses for itself, and K-NN has none. "
+    "Numbers: how many one set stores, pixels, learned labels and learning rates."
 )
 
 
@@ -132,15 +137,16 @@ def _tex(text: str) -> str:
 def comma_separated(table: Table) -> str:
     """One line for each number, in full precision, with what it was made from."""
     buffer = io.StringIO()
-    names = ["row", "column", "mean", "std", "values", "networks", "networks_chose", "paper_mean", "paper_std"]
+    names = ["row", "column", "mean", "std", "values", "networks", "networks_chose", "stored_numbers"]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*names, "difference", "seeds", "overrides", "hardware", "command"])
+    writer.writerow([*names, "paper_mean", "paper_std", "difference", "seeds", "overrides", "hardware", "command"])
     for cell in table.cells.values():
-        ours: list[Any] = [""] * 5
+        ours: list[Any] = [""] * 6
         made: list[Any] = [""] * 3
         if cell.ours is not None:
             newest = cell.ours.runs[0]
-            ours = [cell.ours.mean, cell.ours.std, len(cell.ours.accuracies), newest.networks, newest.networks_chose]
+            ours = [cell.ours.mean, cell.ours.std, len(cell.ours.accuracies)]
+            ours += [newest.networks, newest.networks_chose, newest.stored_numbers]
             seeds = " ".join(str(run.config.get("seed", "")) for run in cell.ours.runs)
             made = [seeds, " ".join(newest.overrides), newest.result.get("hardware", "")]
         writer.writerow(

@@ -13,8 +13,8 @@ from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.evaluation import HeldOutResult
 from dd_lightning.parametrisation import Bases
+from dd_lightning.report.budgets import Point, draw_prefixes
 from dd_lightning.report.picture import draw, draw_bases
-from dd_lightning.report.prefixes import draw_prefixes
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.processor import hardware
 from dd_lightning.system.words import counted
@@ -83,12 +83,17 @@ def write_results(finished: Finished, trainer: pl.Trainer, data: RealData, folde
     if distilled.raw_images is not None and isinstance(distilled.parametrisation, Bases):
         bases = distilled.parametrisation.enlarged(distilled.raw_images["bases"])
         draw_bases(bases, data.preprocessing, f"{about['name']}: {len(bases)} bases", folder / "bases.png")
+    numbers = {n: distilled.prefix(n).stored_numbers for n in finished.prefixes}
     if finished.prefixes:
-        draw_prefixes(finished.prefixes, about["name"], folder / "prefixes.png")
+        points = [Point(n, numbers[n], tested.mean, tested.std) for n, tested in finished.prefixes.items()]
+        draw_prefixes(points, about["name"], folder / "prefixes.png")
     resuming = of_kind(trainer, ResumeCheckpoint)
     content = about | {
         "test": finished.tested,
-        "prefixes": [{"images_per_class": n} | tested.as_dict() for n, tested in finished.prefixes.items()],
+        "prefixes": [
+            {"images_per_class": n, "stored_numbers": numbers[n]} | tested.as_dict()
+            for n, tested in finished.prefixes.items()
+        ],
         "validation_accuracy_mean": finished.validation,
         "learning_rates": distilled.learning_rates.tolist(),
         "outer_steps": trainer.global_step,
