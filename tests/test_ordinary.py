@@ -13,7 +13,7 @@ from torch import nn
 from dd_lightning.data import FlipRotate, Siamese, Unchanged
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Ordinary, Training, fresh
-from dd_lightning.evaluation.ordinary import Protocol
+from dd_lightning.evaluation.ordinary import Examples, Protocol, judge_trained
 from dd_lightning.evaluation.scores import scores
 from dd_lightning.init import FixedInit
 from dd_lightning.sources import Sets, average_real, random_real, real_images
@@ -259,7 +259,7 @@ class WithFrozen(nn.Module):
 
 
 def test_frozen_weights_stay(evaluation):
-    from dd_lightning.evaluation.ordinary import Examples, trained
+    from dd_lightning.evaluation.ordinary import trained
 
     network, (one,) = WithFrozen(), average_real(evaluation.data, steps=1).members
     weights = dict(network.named_parameters())
@@ -299,13 +299,24 @@ def test_accuracy_during_training_is_of_validation_pictures(evaluation):
     for index, weights in enumerate(learner.init.held_out(learner.network, 4, Stream.HELD_OUT_TEST)):
         counters = (int(Stream.HELD_OUT_TEST), index)
         trained = trained_by_hand(weights, one, counters, 0.02, 4, 8, PROTOCOLS["sgd"], 5)
-        network = SmallNet()
+        network = SmallNet().eval()
         network.load_state_dict(weights)
         for found, judged in ((before, network), (after, trained)):
             found.append(100 * hits(judged, validation, evaluation.data.preprocessing) / len(validation))
     assert along["accuracy"][0] == pytest.approx(np.mean(before))
     assert along["accuracy"][-1] == pytest.approx(np.mean(after))
     assert Protocol(epochs=300).judged == list(range(0, 301, 30))
+
+
+def test_networks_that_choose_a_rate_are_judged_once(evaluation):
+    data, examples = evaluation.data, Examples.of(with_soft_labels(evaluation.data))
+    common = (evaluation.learner, examples, 0.02, Protocol(epochs=1), 0, 2, Stream.HELD_OUT_VALIDATION)
+    once = judge_trained(*common, [data.validation, data.test])
+    twice = judge_trained(*common, [data.validation, data.test], data.validation)
+    assert {name: values.shape for name, values in once.items()} == {"accuracy": (2, 1, 1)}
+    assert {name: values.shape for name, values in twice.items()} == {"accuracy": (2, 1, 2), "along": (1, 1, 2)}
+    assert np.array_equal(once["accuracy"][..., -1], twice["accuracy"][..., -1])
+    assert twice["along"][0, 0].tolist() == twice["accuracy"][0, 0].tolist()
 
 
 @pytest.mark.slow  # starts processes

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from test_field import write_ordinary
 from test_report import write_everything
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -16,6 +17,8 @@ def test_figures_can_be_read_and_nothing_but_they_scrolls(run, width):
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
     write_everything(Path("runs"))
+    for network in ("ConvNet", "LeNet", "MLP"):
+        write_ordinary(Path("runs", network), "gallery:mnist_lenet_any_order", network, [80, 81], name="architectures")
     assert run("report")[0] == 0
     with browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -27,6 +30,9 @@ def test_figures_can_be_read_and_nothing_but_they_scrolls(run, width):
         assert shown
         assert min(shown) >= 600
         assert max(boxes) <= width
+        if width > 1000:  # a desk shows tables whole
+            tables = page.eval_on_selector_all(".scrolls, .wide", "all => all.map(o => o.scrollWidth - o.clientWidth)")
+            assert max(tables) <= 1
         text = page.inner_text("main")
         browser.close()
     for claim in ("accuracy rises", "with as many images"):

@@ -59,6 +59,9 @@ def test_a_search_goes_on_with_the_trials_that_are_missing(run, monkeypatch):
     assert cfg.optimizer.lr == best.params["optimizer.lr"]
     assert (cfg.dataset.path, cfg.trainer.max_steps, cfg.returned) == ("toy.npz", 4, "test")
     assert Path("runs/search/search.png").stat().st_size > 1000
+    record = json.loads(Path("runs/search/search.json").read_text())
+    assert [trial["value"] for trial in record["trials"]] == [t.value for t in found]
+    assert record["of"] == 4
 
     code, error, _ = run("distill", *LINE)
     assert (code, len(count)) == (0, 5)  # nothing is missing

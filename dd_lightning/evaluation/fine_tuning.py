@@ -9,7 +9,7 @@ import torch
 from dd_lightning.data import Pictures, RealData
 from dd_lightning.evaluation.evaluator import Evaluation, Learner, Outcome, held_out_result
 from dd_lightning.evaluation.grid import check_different, choice
-from dd_lightning.evaluation.ordinary import Protocol, before_and_after, trained_on
+from dd_lightning.evaluation.ordinary import Protocol, judged_at, trained_on
 from dd_lightning.sources import Sets
 from dd_lightning.system.checks import check_count, check_positive
 from dd_lightning.system.seeding import Stream, derive_seed
@@ -96,4 +96,4 @@ def fine_tune(
         learning_rate,
         protocol,
     )
-    return before_and_after(learner, theta, after, parts_of_pictures)
+    return judged_at(learner, [theta, after], parts_of_pictures)

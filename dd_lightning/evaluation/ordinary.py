@@ -177,10 +177,10 @@ def judge_trained(
     parts_of_pictures: list[Pictures],
     along: Pictures | None = None,
 ) -> Result:
-    """One unseen network, the `index`-th of so many, judged before and after its training.
+    """One unseen network, the `index`-th of so many, judged after its training.
 
     Args:
-        along: pictures that its accuracy is measured on during its training, too.
+        along: pictures that its accuracy is measured on during its training; then it is judged before it, too.
 
     Returns:
         Each measure in %, [pictures, network, point], of the one network; and `along`, where it was asked for, [1,
@@ -197,16 +197,11 @@ def judge_trained(
     judge(0, theta)
     device = parts_of_pictures[0].labels.device
     after = trained(learner.network, theta, examples.to(device), learning_rate, protocol, (int(stream), index), judge)
-    found = before_and_after(learner, theta, after, parts_of_pictures)
+    found = judged_at(learner, [after] if along is None else [theta, after], parts_of_pictures)
     return found | ({ALONG: torch.stack(seen, 1)[None].cpu().numpy()} if seen else {})
 
 
-def before_and_after(
-    learner: Learner, theta: dict[str, Tensor], after: dict[str, Tensor], parts_of_pictures: list[Pictures]
-) -> Result:
-    """One network judged before and after its training: each measure in %, [pictures, network, point]."""
-    points = []
-    for pictures in parts_of_pictures:
-        first, last = (learner.judged(stack([one]), pictures) for one in (theta, after))
-        points.append({name: torch.stack([value, last[name]], 1) for name, value in first.items()})
-    return numpy(stack(points))
+def judged_at(learner: Learner, points: list[dict[str, Tensor]], parts_of_pictures: list[Pictures]) -> Result:
+    """One network judged at points of its training: each measure in %, [pictures, network, point]."""
+    found = [stack([learner.judged(stack([one]), pictures) for pictures in parts_of_pictures]) for one in points]
+    return numpy({name: torch.stack([point[name] for point in found], -1) for name in found[0]})

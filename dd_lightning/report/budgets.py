@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from dd_lightning.distilled import DistilledData
 from dd_lightning.report.architectures import network_of, short
 from dd_lightning.report.figures import Figure, axes_of, save
 from dd_lightning.report.runs import Measured, Run
 from dd_lightning.report.tables import number
+
+RANDOM = ", random real"  # how the name of a control ends
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def budget(runs: Iterable[Run]) -> Figure:
         if random := use["controls"].get("random"):
             cost = (random["images"] / classes, random["stored_numbers"])
             point = Point(*cost, random["accuracy_mean"], random["accuracy_std"])
-            add(lines, f"{place(run)}, random real", point)
+            add(lines, place(run) + RANDOM, point)
     command = "dd-evaluate use=ordinary init=random distilled.path=RUN_OR_GALLERY"
     return figure_of("budget", "Budget", title, claim, lines, of_use, [command])
 
@@ -120,9 +123,12 @@ def told(point: Point) -> str:
 def draw(lines: Lines, title: str = "") -> Drawing:
     """The lines over images of each class, and over stored numbers; with standard deviations as bars."""
     drawing, axes = axes_of(2)
-    for index, (name, line) in enumerate(lines.items()):
+    colors: dict[str, str] = {}
+    for name, line in lines.items():
         means, stds = [point.mean for point in line], [point.std or 0.0 for point in line]
-        style: dict[str, Any] = {"fmt": ("o-", "s--", "^-", "D--")[index % 4], "capsize": 3, "label": name}
+        color = colors.setdefault(name.removesuffix(RANDOM), f"C{len(colors)}")
+        form = "s--" if name.endswith(RANDOM) else "o-"
+        style: dict[str, Any] = {"fmt": form, "color": color, "capsize": 3, "label": name}
         axes[0].errorbar([point.per_class for point in line], means, stds, **style)
         axes[1].errorbar([point.numbers for point in line], means, stds, **style)
     counts = sorted({point.per_class for line in lines.values() for point in line})
@@ -130,6 +136,9 @@ def draw(lines: Lines, title: str = "") -> Drawing:
     axes[0].set_xticks(counts, [f"{count:g}" for count in counts])
     axes[0].minorticks_off()
     axes[1].set(xlabel="stored numbers", xscale="log")
+    axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[1].minorticks_off()
     if len(lines) > 1:
         handles = axes[0].get_legend_handles_labels()
         drawing.legend(*handles, loc="outside lower center", ncols=1 if len(lines) < 4 else 2, fontsize=8)

@@ -41,7 +41,7 @@ def searched(key: str, name: str, record: dict[str, Any]) -> Figure:
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in record["importances"].items())
     words = f"Best of {record['of']} trials: {best['value']:.2f} % on validation pictures, with {settings}."
     words += f" Share of the differences explained: {shares}." if shares else ""
-    title = "accuracy of every trial, and how much each setting matters"
+    title = "Accuracy of every trial, and how much each setting matters"
     return Figure(key, f"Search {name}", title, "", words, drawing=draw(record))
 
 
