@@ -233,7 +233,7 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
     assert {link[1:] for link in checker.links} <= set(checker.ids)
     assert "://" not in text
     assert "dd-evaluate sweep=table2_baselines row=s2m column=kmeans" in text
-    assert '<td class="count">8 (2 chose)</td><td>78,430</td>' in text
+    assert '<td class="count">8 (2\u00a0chose)</td><td>78,430</td>' in text
     assert "<dt>Stored numbers</dt><dd>15,686</dd>" in text  # of a result that does not say, counted in its file
     assert "<dt>Networks</dt><dd>8 (2 chose)</dd>" in text
     assert "Networks: 1 (1 chose).</figcaption>" in text
