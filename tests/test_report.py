@@ -259,3 +259,15 @@ def test_wrong_folders_in_one_line(run, tmp_path, wrong):
     assert error.startswith("dd-report: error: ")
     assert ("nowhere" if wrong == "nowhere" else "result.json is truncated") in error
     assert "Traceback" not in error
+
+
+def test_stored_numbers_are_of_what_was_tested(tmp_path):
+    """The card of a part of a set is that of the whole, and older results of parts do not say how large they are."""
+
+    def numbers(**result):
+        return Run(tmp_path, {"test": {}, **result}).stored_numbers
+
+    assert numbers(card={"stored_numbers": 10}) == 10
+    assert numbers(card={"stored_numbers": 10}, use={"choice": "training"}) is None
+    assert numbers(card={"stored_numbers": 10}, use={"choice": "training"}, stored_numbers=2) == 2
+    assert numbers(card={"stored_numbers": 10}, use={"choice": "ordinary", "stored_numbers": 3}) == 3

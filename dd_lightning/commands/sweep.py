@@ -105,9 +105,9 @@ def number_of_jobs(config: DictConfig) -> int:
     """How many jobs a multirun has; 0 where only its sweeper knows."""
     swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task, *swept])
-    swept_over = {o.key_or_group: o for o in reversed(overrides) if o.is_sweep_override()}
+    said = {o.key_or_group: o for o in reversed(overrides)}  # the command line before the sweeper's settings
     try:
-        return prod(len(list(o.sweep_string_iterator())) for o in swept_over.values())
+        return prod(len(list(o.sweep_string_iterator())) for o in said.values() if o.is_sweep_override())
     except HydraException:
         return 0
 

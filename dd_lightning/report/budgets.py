@@ -59,9 +59,10 @@ def growth(runs: Iterable[Run]) -> Figure:
         for point in () if name in lines else prefixes_of(run):
             add(lines, name, point)
     for run in runs:
-        if place(run) in {place(one) for one in grown} and (name := beside(run)):
-            images, one = run.setting("distilled.images_per_class"), Measured([run])
-            add(lines, f"{place(run)}: {name}", Point(images, run.stored_numbers or 0, one.mean, one.std))
+        numbers, one = run.stored_numbers, Measured([run])
+        if numbers and place(run) in {place(one) for one in grown} and (name := beside(run)):
+            images = run.setting("distilled.images_per_class")
+            add(lines, f"{place(run)}: {name}", Point(images, numbers, one.mean, one.std))
             used.append(run)
     commands = ["dd-distill experiment=grow_mnist"]
     commands += ["dd-evaluate distilled=random_subsets distilled.path=RUN distilled.images_per_class=1"]
@@ -71,7 +72,7 @@ def growth(runs: Iterable[Run]) -> Figure:
 def beside(run: Run) -> str:
     """What a run is beside prefixes; nothing where it does not belong there."""
     kind = str(run.setting("distilled._target_")).rpartition(".")[2]
-    if kind == "random_subsets" and run.result["use"]["choice"] == "training":
+    if kind == "random_subsets" and run.result.get("use", {}).get("choice") == "training":
         return f"random images of {short(run.result['set'])}"
     ordered = str(run.setting("order._target_")).endswith("ShuffledOrder")
     made = "use" not in run.result and not run.result.get("prefixes") and ordered

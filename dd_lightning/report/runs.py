@@ -108,7 +108,8 @@ class Run:
     @cached_property
     def stored_numbers(self) -> int | None:
         """Of its data: of one set, where there are several; None where it has none, or its result is older."""
-        places = (self.result, self.result.get("use", {}), self.result.get("card", {}))
+        # The card of what was evaluated may be that of a larger set.
+        places = (self.result, self.result.get("use") or self.result.get("card", {}))
         told = [place["stored_numbers"] for place in places if place.get("stored_numbers") is not None]
         file = self.folder / "distilled.safetensors"
         return told[0] if told else DistilledData.load(file).stored_numbers if file.is_file() else None
