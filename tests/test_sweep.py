@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from dd_lightning.commands.launch import CONF
 from dd_lightning.commands.report import PAPER
+from dd_lightning.commands.sweep import number_of_jobs
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom", "init=random")
 TOY += ("network._target_=conftest.SmallNet", "networks=3", "distilled=random_real", "distilled.sets=2")
@@ -178,3 +180,12 @@ def test_every_number_of_the_paper_has_a_command_that_composes():
         assert (list(six.use.epochs), six.distilled.steps, six.objective.target_class) == ([1], 1, 1)
         three = compose("evaluate", overrides=["sweep=table3_baselines", "row=voc", "column=average_real"])
         assert (three.distilled.steps, three.distilled.epochs, three.network.name) == (1, 3, "alexnet")
+
+
+def test_jobs_are_counted_as_the_command_line_says():
+    config = OmegaConf.create({"hydra": {"sweeper": {"params": {"network": "mlp,lenet"}}, "overrides": {"task": []}}})
+    assert number_of_jobs(config) == 2
+    config.hydra.overrides.task = ["seed=1,2,3"]
+    assert number_of_jobs(config) == 6
+    config.hydra.overrides.task = ["seed=1,2,3", "network=lenet"]
+    assert number_of_jobs(config) == 3
