@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dd_lightning.commands.resolvers import task_overrides
 from dd_lightning.system.checks import nearest
@@ -36,6 +36,7 @@ def check_known(cfg: DictConfig, conf: Path, config_name: str) -> None:
         ValueError: naming the setting and the nearest that is read.
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    check_sections(plain, conf, config_name)
     read = top_level(conf, config_name) | set(re.findall(r"\$\{(?:oc\.select:)?(\w+)", str(plain)))
     said = {o.lstrip("+").partition("=")[0].partition(".")[0] for o in task_overrides()}
     for key in (plain.keys() - read) & said:  # what rows of tables set is for their columns
@@ -44,8 +45,26 @@ def check_known(cfg: DictConfig, conf: Path, config_name: str) -> None:
     check_taken(plain)
 
 
+def check_sections(plain: dict[str, Any], conf: Path, config_name: str) -> None:
+    """Refuses unknown settings, or none, in what a command's own file has under one name, such as `budget`.
+
+    Raises:
+        ValueError: naming the setting and the nearest that is read.
+    """
+    own = yaml.safe_load((conf / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    for name, section in own.items():
+        if name == "hydra" or not isinstance(section, dict):
+            continue
+        if not isinstance(plain[name], dict):
+            raise ValueError(f"{name} has settings, such as {name}.{next(iter(section))}, and cannot be {plain[name]}")
+        closed = not any(isinstance(value, dict | list) for value in section.values())
+        for key in plain[name].keys() - section.keys() if closed else ():
+            known = [f"{name}.{one}" for one in section]
+            raise ValueError(f"{name}.{key} is no setting of dd-{config_name}{nearest(f'{name}.{key}', known)}")
+
+
 def check_taken(node: dict[str, Any], prefix: str = "") -> None:
-    """Refuses settings that their `_target_` does not take.
+    """Refuses settings that their `_target_` does not take, and values of another kind than it takes.
 
     Raises:
         ValueError: naming the setting.
@@ -59,19 +78,36 @@ def check_taken(node: dict[str, Any], prefix: str = "") -> None:
         parameters = inspect.signature(made).parameters if made is not None else {}  # type: ignore[arg-type]
     except (ImportError, AttributeError, ValueError, TypeError, HydraException):
         return  # what is wrong with the target is said when it is used
-    if made is None or any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+    if made is None:
         return
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     for key, value in node.items():
-        if key in parameters and wants(parameters[key].annotation, bool) and "${" not in str(value):
-            if not isinstance(value, bool | None):
-                raise ValueError(f"{at}: {key} must be true or false, not {value!r}")
-        elif key in parameters and wants(parameters[key].annotation, list, tuple, Sequence) and "${" not in str(value):
-            if isinstance(value, str | int | float):
-                raise ValueError(f"{at}: {key} must be a list, such as {at}.{key}=[{value}], not {value}")
-        elif key not in parameters and not str(key).startswith("_"):
+        if key in parameters and "${" not in str(value) and value != MISSING:
+            check_kind(at, key, parameters[key].annotation, value)
+        elif key not in parameters and not takes_all and not str(key).startswith("_"):
             meant = nearest(str(key), (name for name in parameters if name != "data"))
             name = getattr(made, "__name__", target)
             raise ValueError(f"{at}: {name} takes no setting {key!r}; leave it out with ~{at}.{key}{meant}")
+
+
+def check_kind(at: str, key: str, annotation: Any, value: object) -> None:
+    """Refuses a value of another kind than an argument's; what a number may be is for its class to say.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if value is None:
+        if annotation in (bool, int, float, list) or get_origin(annotation) in (list, tuple, Sequence):
+            raise ValueError(f"{at}: {key} cannot be null")
+    elif wants(annotation, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{at}: {key} must be true or false, not {value!r}")
+    elif wants(annotation, list, tuple, Sequence):
+        if not isinstance(value, list):
+            raise ValueError(f"{at}: {key} must be a list, such as {at}.{key}=[{value}], not {value}")
+    elif wants(annotation, int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{at}: {key} must be a number, not {value!r}")
 
 
 def wants(annotation: Any, *kinds: type) -> bool:

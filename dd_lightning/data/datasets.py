@@ -3,6 +3,7 @@
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,15 @@ class ImageDataset(ABC):
         check_whole(border=border, crop_padding=crop_padding)
         if not isinstance(flip, bool):
             raise ValueError(f"flip must be true or false, not {flip!r}")
-        if isinstance(mean, str | float | int) or isinstance(std, str | float | int):
+        if any(v is not None and (isinstance(v, str) or not isinstance(v, Sequence) or not v) for v in (mean, std)):
             raise ValueError(f"mean and std must be lists, such as [0.5], not {mean} and {std}")
         if (mean is None) != (std is None):
             raise ValueError("give both mean and std, or neither")
         self.name, self.num_classes = name, num_classes
         self.channels, self.image_size, self.border = channels, image_size, border
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in [*(mean or []), *(std or [])]):
+            raise ValueError(f"mean and std must be finite numbers, not {mean} and {std}")
         self.mean, self.std = (None if v is None else [float(x) for x in v] for v in (mean, std))
-        if not all(math.isfinite(x) for x in [*(self.mean or []), *(self.std or [])]):
-            raise ValueError(f"mean and std must be finite, not {self.mean} and {self.std}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be above 0, not {self.std}")
         self.crop_padding, self.flip, self.validation = crop_padding, flip, validation

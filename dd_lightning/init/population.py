@@ -129,8 +129,8 @@ def find_population(name: str | None, populations_dir: Path | str) -> Population
         FileNotFoundError: there is none; the message names the command that makes it.
         ValueError: no name was given, or as in `Population`.
     """
-    if not name:
-        raise ValueError("say which trained networks: init.population=NAME_OR_PATH")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"say which trained networks: init.population=NAME_OR_PATH, not {name!r}")
     path = Path(name) if Path(name, "card.json").is_file() else Path(populations_dir, name)
     try:
         return Population(path)

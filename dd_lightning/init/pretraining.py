@@ -24,7 +24,7 @@ from dd_lightning.networks import (
     stack,
     training_without_dropout,
 )
-from dd_lightning.system.checks import check_choice, check_count, check_positive
+from dd_lightning.system.checks import check_betas, check_choice, check_count, check_positive
 from dd_lightning.system.processor import PRECISIONS, is_out_of_memory
 from dd_lightning.system.seeding import Stream, derive_seed
 from dd_lightning.unroll import first_gradient
@@ -56,8 +56,7 @@ class Recipe:
         check_count(epochs=self.epochs, halve_every=self.halve_every)
         check_positive(lr=self.lr)
         check_choice("precision", self.precision, PRECISIONS)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(self.betas)}")
+        check_betas(self.betas)
 
 
 def train(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dd_lightning.system.checks import check_count
+from dd_lightning.system.checks import check_count, check_not_negative
 
 Raw = Mapping[str, Tensor]
 
@@ -99,8 +99,7 @@ class Bases(Images):
 
     def __post_init__(self) -> None:
         check_count(count=self.count, scale=self.scale)
-        if self.coefficient_decay < 0:
-            raise ValueError(f"coefficient_decay must be at least 0, not {self.coefficient_decay}")
+        check_not_negative(coefficient_decay=self.coefficient_decay)
 
     @property
     def weight_decay(self) -> Mapping[str, float]:  # type: ignore[override]

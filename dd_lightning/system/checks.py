@@ -51,6 +51,29 @@ def check_positive(**values: object) -> None:
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
 
 
+def check_not_negative(**values: object) -> None:
+    """Each value must be a finite number of at least 0.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (0 <= value < math.inf):
+            raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
+
+
+def check_betas(betas: object) -> None:
+    """How much an average keeps: two numbers from 0 to below 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    numbers = list(betas) if isinstance(betas, Iterable) and not isinstance(betas, str) else [betas]
+    kinds = all(isinstance(beta, int | float) and not isinstance(beta, bool) for beta in numbers)
+    if len(numbers) != 2 or not kinds or not all(0 <= beta < 1 for beta in numbers):  # type: ignore[operator]
+        raise ValueError(f"betas must be two numbers from 0 to below 1, not {numbers}")
+
+
 def check_name(**values: object) -> None:
     """Each value becomes part of a file's name: no path to elsewhere.
 

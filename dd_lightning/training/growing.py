@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.system.checks import check_count
+from dd_lightning.system.checks import check_count, check_not_negative
 from dd_lightning.training.callbacks import HeldOutEvaluation, of_kind
 
 
@@ -34,7 +34,8 @@ class Growing(Callback):
         check_count(**{f"stages[{i}]": n for i, n in enumerate(stages)})
         if not stages or any(after <= before for before, after in itertools.pairwise(stages)):
             raise ValueError(f"stages must grow, such as [1,2,5,10], not {list(stages)}")
-        if not 0 <= fraction <= 1:
+        check_not_negative(fraction=fraction)
+        if fraction > 1:
             raise ValueError(f"fraction must be from 0 to 1, not {fraction}")
         self.stages, self.fraction = list(stages), fraction
         self.rates: dict[str, list[list[float]]] = {}  # before the softplus, at the end of each stage

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dd_lightning.networks import Weights, unstack
-from dd_lightning.system.checks import check_positive
+from dd_lightning.system.checks import check_betas, check_positive
 
 State = dict[str, Tensor]  # tensors of the optimizer, beside the weights; of many networks stacked as these are
 COUNTER = "step"  # of the inner steps that each network took, in a state
@@ -103,8 +103,9 @@ class Momentum(InnerOptimizer):
     """
 
     def __init__(self, momentum: float = 0.9) -> None:
-        if not 0 < momentum < 1:
-            raise ValueError(f"momentum must be between 0 and 1, not {momentum}")
+        check_positive(momentum=momentum)
+        if momentum >= 1:
+            raise ValueError(f"momentum must be below 1, not {momentum}")
         self.momentum = momentum
 
     def init(self, theta: Weights, networks: int | None = None) -> State:
@@ -132,8 +133,7 @@ class Adam(InnerOptimizer):
     """
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(betas)}")
+        check_betas(betas)
         check_positive(eps=eps)
         self.betas, self.eps = tuple(betas), eps
 

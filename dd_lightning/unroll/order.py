@@ -145,6 +145,7 @@ class ShuffledOrder(Order):
     classes: int | None = None
 
     def __post_init__(self) -> None:
+        check_count(inner_steps=self.inner_steps)
         check_count(**{name: value for name, value in asdict(self).items() if value is not None})
 
     def total(self, rates: Float[Tensor, "epoch step"]) -> int:
