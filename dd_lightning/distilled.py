@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from dd_lightning.data import Augment, DistilledDataset, Preprocessing, Unchanged, Whitening, augment_of, whitening_of
 from dd_lightning.networks import completed, load_weights, training_without_dropout
-from dd_lightning.parametrisation import Images, Pixels, images_of
+from dd_lightning.parametrisation import Images, Pixels, images_of, softplus_inverse
+from dd_lightning.system.cards import check_card
 from dd_lightning.system.checks import check_count, check_positive
-from dd_lightning.system.gallery import located, widened
+from dd_lightning.system.gallery import located, whole, widened
 from dd_lightning.system.tensors import read_tensors, write_tensors
 from dd_lightning.unroll import Draws, FixedOrder, Order, Step, Used, inner_optimizer, order_of
 
 FORMAT = "dd_lightning.distilled/1"
 OTHERS = "other_initial_weights"  # on the card: what weights of θ₀ are that are not in the file, and their hash
 INITIAL, WHITENING = "initial_weights/", "whitening/"  # prefixes of the tensors of θ₀ and of a whitening in the file
-
-
-def softplus_inverse(x: Tensor) -> Tensor:
-    """The raw value whose softplus is `x` > 0: log(eˣ − 1) = x + log(1 − e⁻ˣ)."""
-    return x + torch.log(-torch.expm1(-x))
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ class DistilledData:
     @property
     def preprocessing(self) -> Preprocessing:
         """Makes of pictures (uint8, [n, c, h, w]) what networks that are trained on these data take."""
-        return Preprocessing(**self.card["preprocessing"], whitening=self.whitening)
+        return Preprocessing.of_card(self.card, self.whitening)
 
     @property
     def _used(self) -> Used:
@@ -172,6 +168,7 @@ class DistilledData:
             raise ValueError(f"{images_per_class} images a class were never a stage; {grown}")
         rates = self.raw_learning_rates.new_tensor(stages[str(images_per_class)])
         cut = replace(self.first(images_per_class), raw_learning_rates=rates)
+        cut._used.check()
         return cut.with_card(stored_numbers=cut.stored_numbers, stages={})
 
     def with_card(self, **entries: Any) -> Self:
@@ -272,28 +269,30 @@ class DistilledData:
             ValueError: the file is truncated, not safetensors, or not distilled data.
         """
         path = located(path)
-        if path.is_dir():
-            path = path / "distilled.safetensors"
+        path = path / "distilled.safetensors" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"there is no distilled data at {path}")
-        card, tensors = read_tensors(path, FORMAT, "distilled data")
+        card, tensors = read_tensors(path, FORMAT, "distilled data", check_card)
         tensors = {name: widened(tensor) for name, tensor in tensors.items()}
-        parametrisation = images_of(card)
-        missing = [n for n in (*parametrisation.names, "labels", "raw_learning_rates") if n not in tensors]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        raw = {name: tensors[name] for name in parametrisation.names}
         initial, whitening = (
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             for prefix in (INITIAL, WHITENING)
         )
         try:
+            parametrisation = images_of(card)
+            missing = [n for n in (*parametrisation.names, "labels", "raw_learning_rates") if n not in tensors]
+            if missing:
+                raise ValueError(f"the file lacks {', '.join(missing)}")
+            raw = {name: tensors[name] for name in parametrisation.names}
             images, stored = parametrisation.images(raw), None if "images" in raw else raw
             white = whitening_of(whitening, images.shape[2:].numel()) if whitening else None
-            main = (images, tensors["labels"], tensors["raw_learning_rates"], card, initial or None)
+            main = (images, whole(tensors["labels"]), tensors["raw_learning_rates"], card, initial or None)
             how = (order_of(card), augment_of(card), parametrisation, stored, white)
             data = cls(*main, tensors.get("soft_labels"), *how)
+            inner_optimizer(card)  # which training asks for
             data._used.check()
+            if "preprocessing" in card and data.preprocessing.image_shape != images.shape[2:]:
+                raise ValueError(f"images {list(images.shape)} are not those of the card's preprocessing")
             data.order.check(images, data.labels, len(data.raw_learning_rates))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {error}") from error

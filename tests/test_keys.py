@@ -26,6 +26,12 @@ OTHER_KINDS = [
     ("augment/flip_rotate", "degrees", "text", "must be a number, not 'text'"),
     ("unroll/adjoint", "recompute", "text", "must be true or false"),
     ("network/lenet", "num_classes", "text", "must be a number, not 'text'"),
+    ("init/random_pretrained", "population", 3, "must be a text, not 3; in quotes: group.population='\"3\"'"),
+    ("optimizer/sgd", "weight_decay", "text", "must be a number, not 'text'"),
+    ("optimizer/sgd", "momentum", float("nan"), "must be finite, not nan"),
+    ("optimizer/adam", "betas", [0.5, float("inf")], "must be finite"),
+    ("schedule/cosine", "T_max", [3], "must be a number, not [3]"),
+    ("schedule/step", "gamma", float("inf"), "must be finite, not inf"),
     ("use/ordinary", "learning_rates", 0.1, "must be a list"),
 ]
 
@@ -72,11 +78,13 @@ ODD = [float("nan"), float("inf"), -1, "text", None, True, [0.5]]
     ],
 )
 def test_numbers_that_are_none_or_not_finite_are_refused(make, value):
-    with pytest.raises(ValueError, match="must|cannot"):
+    with pytest.raises(ValueError, match=r"must|cannot"):
         make(value)
 
 
-@pytest.mark.parametrize(("mean", "std"), [([None], [1.0]), (["text"], [1.0]), ([{"a": 1}], [1.0]), ([0.5], []), ({}, [1])])
+@pytest.mark.parametrize(
+    ("mean", "std"), [([None], [1.0]), (["text"], [1.0]), ([{"a": 1}], [1.0]), ([0.5], []), ({}, [1])]
+)
 def test_mean_and_std_are_lists_of_numbers(mean, std):
     with pytest.raises(ValueError, match="mean and std must be"):
         Packed("x.npz", mean=mean, std=std)

@@ -150,3 +150,24 @@ def test_broken_files_are_refused_by_name(population, tmp_path, wrong):
         (population.path / "card.json").write_text("{" if wrong == "card" else "{}")
     with pytest.raises(ValueError, match=r"00000-00002\.safetensors" if wrong in ("truncated", "foreign") else "card"):
         list(TrainedNetworks(Population(population.path), TRAIN))
+
+
+@pytest.mark.parametrize("value", [None, "text", 1.5, [], {}])
+def test_a_card_that_lacks_something_or_has_it_otherwise_is_refused_by_its_name(population, value):
+    written = json.loads((population.path / "card.json").read_text())
+    for key in ("class", "classes", "shapes", "preprocessing", "parts"):
+        if isinstance(value, type(written[key])) and value:
+            continue  # such as another class, which is refused beside the network
+        for card in (written | {key: value}, {name: one for name, one in written.items() if name != key}):
+            if key == "shapes" and card.get("shapes") == {}:
+                continue
+            (population.path / "card.json").write_text(json.dumps(card))
+            with pytest.raises(ValueError, match=rf"card\.json: {key}\S* is missing or not what dd-pretrain writes"):
+                Population(population.path)
+
+
+def test_a_shard_of_other_weights_is_refused_by_its_name(population):
+    (path, *_) = population.shards(TRAIN).values()
+    save_file({"weights/fc.bias": torch.zeros(2, 3)}, path, metadata={"format": "dd_lightning.population/1"})
+    with pytest.raises(ValueError, match=r"00000-00002\.safetensors holds other weights than the card"):
+        TrainedNetworks(population, TRAIN)[0]

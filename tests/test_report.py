@@ -271,3 +271,25 @@ def test_stored_numbers_are_of_what_was_tested(tmp_path):
     assert numbers(card={"stored_numbers": 10}, use={"choice": "training"}) is None
     assert numbers(card={"stored_numbers": 10}, use={"choice": "training"}, stored_numbers=2) == 2
     assert numbers(card={"stored_numbers": 10}, use={"choice": "ordinary", "stored_numbers": 3}) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("test", 3),
+        ("test", {"accuracies": []}),
+        ("test", {"accuracies": [1.0, "text"]}),
+        ("test", {"accuracies": [float("nan")]}),
+        ("name", None),
+        ("card", []),
+        ("use", "grid"),
+        ("outer_steps", "many"),
+        ("set", 3),
+    ],
+)
+def test_a_result_that_no_run_writes_is_left_out_by_name(tmp_path, caplog, part, value):
+    kept = write_run(tmp_path / "kept", [50.0])
+    path = write_run(tmp_path / "odd", [60.0]) / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    assert [run.folder for run in find_runs([tmp_path])] == [kept]
+    assert f"{path} is left out: {part}" in caplog.text

@@ -1,5 +1,6 @@
 """Sweeps: what is finished is not run again, what fails stops nothing else; tables' rows and columns compose."""
 
+import errno
 import json
 import os
 import signal
@@ -7,12 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
+from dd_lightning.commands import sweep
 from dd_lightning.commands.launch import CONF
 from dd_lightning.commands.report import PAPER
 from dd_lightning.commands.sweep import number_of_jobs
@@ -189,3 +194,48 @@ def test_jobs_are_counted_as_the_command_line_says():
     assert number_of_jobs(config) == 6
     config.hydra.overrides.task = ["seed=1,2,3", "network=lenet"]
     assert number_of_jobs(config) == 3
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {"seed": 2}}'])
+def test_a_record_that_is_not_whole_finishes_no_job(tmp_path, monkeypatch, record):
+    runtime = SimpleNamespace(output_dir=str(tmp_path))
+    overrides = SimpleNamespace(task=["seed=1"])
+    job = SimpleNamespace(runtime=runtime, overrides=overrides, job=SimpleNamespace(num=0))
+    monkeypatch.setattr(sweep.HydraConfig, "get", lambda: job)
+    cfg, done = OmegaConf.create({"seed": 1, "hydra": {}}), []
+    (tmp_path / "finished.json").write_text(record)
+    for _ in range(2):
+        assert sweep.run_job(lambda cfg: done.append(1) or 0.5, cfg, str) == 0.5
+    assert done == [1]
+
+
+def test_a_job_whose_settings_cannot_be_resolved_stops_no_other(run):
+    code, error, _ = run("evaluate", "-m", "distilled.learning_rate=${nope},0.1", *SWEPT[:-1])
+    assert code == 1
+    assert "1 job of the sweep failed" in error
+    assert "'nope' not found" in error
+    assert len(list(Path("runs/sweep").glob("*/result.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"), [("joblib", "joblib"), ("submitit_local", "submitit"), ("slurm", "submitit")]
+)
+def test_a_launcher_that_is_not_installed_says_how_to_install_it(run, monkeypatch, launcher, extra):
+    Plugins.instance()
+    known = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in [n for n in known if n.startswith(extra)]:
+        monkeypatch.delitem(known, name)
+    code, error, _ = run("evaluate", "-m", "seed=1,2", f"hydra/launcher={launcher}")
+    assert code == 1
+    assert error == f"dd-evaluate: error: the launcher {extra} is not installed: pip install -e '.[{extra}]'"
+
+
+def test_a_full_disk_says_so_wherever_it_is_met(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hydra.core.utils._save_config", full)
+    code, error, _ = run("evaluate", *TOY)
+    assert code == 1
+    said = "cannot write (No space left on device); once there is room, the same command goes on"
+    assert error == f"dd-evaluate: error: {said}"

@@ -63,3 +63,13 @@ def test_an_error_ends_the_others():
     for process in multiprocessing.active_children():  # of an earlier test, perhaps
         process.join(timeout=60)
     assert not multiprocessing.active_children()
+
+
+def test_a_kept_result_that_is_not_whole_is_done_again(tmp_path):
+    expected = Workers(1, tmp_path).map("squares", square, PIECES)
+    for number, content in enumerate((b"", b"PK", (tmp_path / "squares" / "piece2.npz").read_bytes()[:-30])):
+        (tmp_path / "squares" / f"piece{number}.npz").write_bytes(content)
+    again = Workers(1, tmp_path).map("squares", square, PIECES)
+    assert [r["square"] for r in again.values()] == [r["square"] for r in expected.values()]
+    with np.load(tmp_path / "squares" / "piece0.npz") as file:
+        assert file["square"] == 0

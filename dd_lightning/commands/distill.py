@@ -108,7 +108,7 @@ def check(cfg: DictConfig, folder: Path) -> None:
         check_positive(rate_scale=cfg.rate_scale)
     check_count(**{name: cfg[name] for name in ("chunk", "piece") if cfg[name] is not None})
     schedule = cfg.schedule or {}
-    for key, check_one in (("gamma", check_positive), ("step_size", check_count)):
+    for key, check_one in (("gamma", check_positive), ("step_size", check_count), ("T_max", check_count)):
         if key in schedule:
             check_one(**{f"schedule.{key}": schedule[key]})
     betas = cfg.optimizer.get("betas")

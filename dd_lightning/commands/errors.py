@@ -1,5 +1,6 @@
 """Errors in a user's words: one line, with the setting that it is about."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def one_line(error: BaseException, prefix: str = "") -> str:
         return unreadable(error.override)
     if several := re.match(r"Ambiguous value for argument '(.*?)=(.*?)'", message):
         return f"{several[1]}={several[2]}: a sweep over values needs -m; a list is {several[1]}=[{several[2]}]"
+    if isinstance(error, OSError) and error.strerror:
+        message = of_system(error)
     prefix = _key(error) or prefix
     if old := re.search(rf"Error lo\w+ (?:target )?'dd_lightning\.({'|'.join(MOVED)})\.(\w+)'", message):
         room = "sources" if old[1] == "baselines" and old[2][0].islower() else MOVED[old[1]]
@@ -56,6 +59,14 @@ def one_line(error: BaseException, prefix: str = "") -> str:
     if not prefix and not isinstance(error, EXPECTED) and type(error).__name__ != LIGHTNINGS:
         message = f"{type(error).__name__}: {message} (set {TRACEBACK}=1 for the traceback)"
     return prefix + message
+
+
+def of_system(error: OSError) -> str:
+    """What the system refuses, and where."""
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write{where} ({error.strerror}); once there is room, the same command goes on"
+    return f"{error.strerror}:{where}" if where else error.strerror
 
 
 def unreadable(override: str) -> str:

@@ -21,9 +21,11 @@ def export(cfg: DictConfig) -> None:
     """
     if not cfg.path:
         raise ValueError("say which distilled data: path=RUN_OR_FILE")
-    distilled = DistilledData.load(cfg.path)
-    write_files(distilled, Path(cfg.folder))
-    log.info(f"{os.path.relpath(cfg.folder)}: distilled.npz, distilled.pt, images/; README.txt says how to use them")
+    distilled = DistilledData.load(str(cfg.path))  # 3 is a number to Hydra, and may be a folder
+    write_files(distilled, Path(str(cfg.folder)))
+    log.info(
+        f"{os.path.relpath(str(cfg.folder))}: distilled.npz, distilled.pt, images/; README.txt says how to use them"
+    )
 
 
 main = command("export")

@@ -33,7 +33,7 @@ def gallery(cfg: DictConfig) -> None:
     """
     if cfg.add is not None:
         check_name(entry=cfg.entry)
-        add(Path(cfg.add), cfg.entry, cfg.commit)
+        add(Path(str(cfg.add)), cfg.entry, cfg.commit)
     for name in entries():
         data = DistilledData.load(PREFIX + name)
         test, choice = (

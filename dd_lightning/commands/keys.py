@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -75,7 +76,7 @@ def check_taken(node: dict[str, Any], prefix: str = "") -> None:
     target, at = node.get("_target_"), prefix.removesuffix(".")
     try:
         made = get_object(target) if isinstance(target, str) and "${" not in target else None
-        parameters = inspect.signature(made).parameters if made is not None else {}  # type: ignore[arg-type]
+        parameters = signature(made).parameters if made is not None else {}
     except (ImportError, AttributeError, ValueError, TypeError, HydraException):
         return  # what is wrong with the target is said when it is used
     if made is None:
@@ -84,6 +85,8 @@ def check_taken(node: dict[str, Any], prefix: str = "") -> None:
     for key, value in node.items():
         if key in parameters and "${" not in str(value) and value != MISSING:
             check_kind(at, key, parameters[key].annotation, value)
+            if str(target).startswith("torch.") and not all(map(finite, listed(value))):
+                raise ValueError(f"{at}: {key} must be finite, not {value}")
         elif key not in parameters and not takes_all and not str(key).startswith("_"):
             meant = nearest(str(key), (name for name in parameters if name != "data"))
             name = getattr(made, "__name__", target)
@@ -105,15 +108,34 @@ def check_kind(at: str, key: str, annotation: Any, value: object) -> None:
     elif wants(annotation, list, tuple, Sequence):
         if not isinstance(value, list):
             raise ValueError(f"{at}: {key} must be a list, such as {at}.{key}=[{value}], not {value}")
-    elif wants(annotation, int, float):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{at}: {key} must be a number, not {value!r}")
+    elif wants(annotation, str):
+        if not isinstance(value, str):
+            raise ValueError(f"{at}: {key} must be a text, not {value!r}; in quotes: {at}.{key}='\"{value}\"'")
+    elif wants(annotation, int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{at}: {key} must be a number, not {value!r}")
+
+
+def signature(made: Any) -> inspect.Signature:
+    """With annotations that are types, where they can be found."""
+    try:
+        return inspect.signature(made, eval_str=True)
+    except NameError:  # of what is imported for type checkers alone
+        return inspect.signature(made)
+
+
+def listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def finite(value: object) -> bool:
+    """Whether a value is none of those numbers that no computation survives."""
+    return not isinstance(value, float) or isfinite(value)
 
 
 def wants(annotation: Any, *kinds: type) -> bool:
-    """Whether an argument is of one of these kinds, or nothing."""
+    """Whether an argument is of one of these kinds, or nothing; or a tensor, which no setting is."""
     either = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    found = {get_origin(one) or one for one in either} - {NoneType}
+    found = {get_origin(one) or one for one in either if getattr(one, "__name__", "") != "Tensor"} - {NoneType}
     return bool(found) and found.issubset(kinds)
 
 

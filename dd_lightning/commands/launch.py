@@ -104,8 +104,8 @@ def uncomposed(error: Exception, config_name: str) -> str:
     if message.startswith("Config group override must be a string"):
         given = [o for o in said if o.endswith("=null")]
         message = f"{given[-1] if given else message} is none of the group's options"
-    if launcher := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", message):
-        message = f"hydra/launcher={launcher[1]} is not installed: pip install 'dd_lightning[{launcher[1]}]'"
+    if launcher := re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit)", message):
+        message = f"the launcher {launcher[1]} is not installed: pip install -e '.[{launcher[1]}]'"
     if message.startswith("hydra."):  # which Hydra makes of these before the task
         given = [o for o in said if o.lstrip("+").partition("=")[0] in ("name", "runs_dir")]
         message = re.sub(r"^hydra\.\w+\.dir: \w+ raised while resolving interpolation: ", "", message)

@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 def pack(cfg: DictConfig) -> None:
     """Writes the packed file, and says what is in it."""
-    path = Path(cfg.path).expanduser()
+    path, folder = (Path(str(one)).expanduser() for one in (cfg.path, cfg.folder))  # 3 is a number to Hydra
     if path.exists():
         raise ValueError(f"path: {path} exists; remove it, or give another")
     if path.suffix != ".npz":
         raise ValueError(f"path must end in .npz, not {path}")
-    arrays, names = pack_folder(Path(cfg.folder).expanduser(), cfg.image_size, cfg.channels, cfg.test_every)
+    arrays, names = pack_folder(folder, cfg.image_size, cfg.channels, cfg.test_every)
     save_packed(path, arrays)
     counts = [np.bincount(labels, minlength=len(names)) for labels in (arrays.train_labels, arrays.test_labels)]
     for label, name in enumerate(names):

@@ -44,15 +44,15 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
     overrides = " ".join(HydraConfig.get().overrides.task)
     number, count = HydraConfig.get().job.num, int(os.environ.get(JOBS, 0))
     job = f"job {number + 1}" + (f" of {count}" if count else "")
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    finished = _read(folder / FINISHED)
-    if finished is not None and _decisive(finished["settings"]) == _decisive(settings):
-        log.info(f"{job} finished before: {overrides}")
-        return finished["value"]
-    log.info(f"{job}{_time_left(count - number)}: {overrides}")
     started = time.monotonic()
     (folder / FAILED).unlink(missing_ok=True)
     try:
+        settings: Any = OmegaConf.to_container(cfg, resolve=True)
+        finished = _read(folder / FINISHED)
+        if finished is not None and _decisive(finished.get("settings")) == _decisive(settings):
+            log.info(f"{job} finished before: {overrides}")
+            return finished.get("value")
+        log.info(f"{job}{_time_left(count - number)}: {overrides}")
         value = task(cfg)
     except Interrupted as stop:
         hand_back(stop)
@@ -72,8 +72,10 @@ def hand_back(stop: Interrupted) -> None:
         signal.raise_signal(stop.number)
 
 
-def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in NOT_COMPUTED_FROM}
+def _decisive(settings: Any) -> dict[str, Any]:
+    """What decides a job's result."""
+    plain = settings if isinstance(settings, dict) else {}
+    return {key: value for key, value in plain.items() if key not in NOT_COMPUTED_FROM}
 
 
 def _time_left(jobs: int) -> str:
@@ -95,7 +97,7 @@ class Failures(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         failed = [_read(path) for path, time in _failures(config).items() if self._before.get(path) != time]
         if failed:
-            lines = [f"  {job['overrides']}: {job['error']}" for job in failed if job]
+            lines = [f"  {job.get('overrides')}: {job.get('error')}" for job in failed if job]
             head = f"{counted(len(failed), 'job')} of the sweep failed; the same command runs what failed again:"
             sys.exit("\n".join([head, *lines]))
         write_json(Path(config.hydra.sweep.dir, FINISHED), {"jobs": number_of_jobs(config)})
@@ -117,5 +119,10 @@ def _failures(config: DictConfig) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(Path(config.hydra.sweep.dir).rglob(FAILED))}
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was written there; None where that is not whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

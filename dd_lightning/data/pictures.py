@@ -1,7 +1,8 @@
 """Pictures in memory, and the form in which networks see them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -23,6 +24,18 @@ class Preprocessing:
     mean: list[float]
     std: list[float]
     whitening: Whitening | None = field(default=None, compare=False)
+
+    @classmethod
+    def of_card(cls, card: Mapping[str, Any], whitening: Whitening | None) -> Self:
+        """That of the pictures which distilled data are like.
+
+        Raises:
+            ValueError: the card does not say it.
+        """
+        if "preprocessing" not in card:
+            raise ValueError("the card of these data does not say how pictures were normalised (preprocessing)")
+        entry = card["preprocessing"]
+        return cls(*(entry[name] for name in ("channels", "image_size", "mean", "std")), whitening)
 
     def __call__(self, images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
         images = self.normalised(images)

@@ -18,6 +18,7 @@ from dd_lightning.system.atomic import write_bytes, write_json
 FORMAT = "dd_lightning.population/1"
 TRAIN, HELD_OUT = PARTS = ("train", "held_out")  # networks to distil with, and networks to test on
 WEIGHTS = "weights/"  # prefix of the weights in a shard
+KINDS = {"class": str, "classes": int, "shapes": dict, "preprocessing.channels": int, "preprocessing.image_size": int}
 
 
 class Population:
@@ -33,7 +34,7 @@ class Population:
 
     Raises:
         FileNotFoundError: there is no population at `path`.
-        ValueError: the card is not a population's, or its parts share a seed.
+        ValueError: the card is not a population's, or lacks something, or its parts share a seed.
     """
 
     def __init__(self, path: Path | str, card: dict[str, Any] | None = None) -> None:
@@ -55,6 +56,13 @@ class Population:
             raise ValueError(f"{path} is truncated or not a card ({error})") from error
         if not isinstance(card, dict) or card.get("format") != FORMAT:
             raise ValueError(f"{path} is not the card of a population")
+        parts = {f"parts.{part}.{key}": int for part in PARTS for key in ("networks", "seed")}
+        for name, kind in (KINDS | parts).items():
+            value: Any = card
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{path}: {name} is missing or not what dd-pretrain writes ({value!r})")
         return card
 
     def write_card(self) -> None:
@@ -161,6 +169,7 @@ class TrainedNetworks(Sequence[dict[str, Tensor]]):
                 f"population {population.path} is not finished: {len(missing)} of {self._count} {part} networks are "
                 f"missing; go on with: {_command(population.path)}"
             )
+        self._shapes = population.card["shapes"]
         self._rows = [(path, row) for indices, path in population.shards(part).items() for row in range(len(indices))]
 
     def __len__(self) -> int:
@@ -172,7 +181,10 @@ class TrainedNetworks(Sequence[dict[str, Tensor]]):
         path, row = self._rows[index]
         with _opened(path) as shard:
             names = [name for name in shard.keys() if name.startswith(WEIGHTS)]  # noqa: SIM118
-            return {name.removeprefix(WEIGHTS): shard.get_slice(name)[row] for name in names}
+            slices = {name.removeprefix(WEIGHTS): shard.get_slice(name) for name in names}
+            if {name: one.get_shape()[1:] for name, one in slices.items()} != self._shapes:
+                raise ValueError(f"{path} holds other weights than the card of the population says")
+            return {name: one[row] for name, one in slices.items()}
 
 
 @contextmanager

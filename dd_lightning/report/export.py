@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,9 @@ def export(distilled: DistilledData, folder: Path) -> None:
     Raises:
         ValueError: the data do not say how pictures were normalised, or the folder holds an export already.
     """
-    if "preprocessing" not in distilled.card:
-        raise ValueError("the card of these data does not say how pictures were normalised (preprocessing)")
+    preprocessing = distilled.preprocessing
     if (folder / "images").exists():
         raise ValueError(f"{folder} holds pictures already; name another folder")
-    preprocessing = distilled.preprocessing
     data = distilled.detach().dataset()
     tensors = {"images": data.images, "labels": data.labels, "classes": distilled.labels.flatten()}
     tensors |= {"learning_rates": distilled.learning_rates}
@@ -42,11 +41,14 @@ def export(distilled: DistilledData, folder: Path) -> None:
     write_bytes(folder / "distilled.pt", buffer.getvalue())
     intensities = preprocessing.inverse(data.images)
     pixels = (255 * intensities).round().clamp(0, 255).to(torch.uint8)
-    write_pictures(pixels, tensors["classes"], distilled.soft_labels, folder / "images")
+    partial = folder / ".images"
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+    write_pictures(pixels, tensors["classes"], distilled.soft_labels, partial)
     lost = (pixels.float() / 255 - intensities).abs()
     outside = 100 * ((intensities < 0) | (intensities > 1)).double().mean().item()
     losses = f"{outside:.1f} % of the pixels lay beyond black or white, the farthest by {lost.max().item():.2f}"
     write_bytes(folder / "README.txt", (explained(distilled, losses) + named_classes(distilled.card)).encode())
+    partial.rename(folder / "images")  # last: what holds pictures is whole
 
 
 def write_pictures(pixels: Tensor, classes: Tensor, soft_labels: Tensor | None, folder: Path) -> None:
@@ -88,11 +90,12 @@ MADE FOR
 
 def explained(distilled: DistilledData, losses: str) -> str:
     """What a plain training loop needs to know."""
-    card, form = distilled.card, distilled.card["preprocessing"]
+    card, form = distilled.card, distilled.preprocessing.as_dict()
     steps, batch = distilled.labels.shape
     rates = distilled.learning_rates
-    if card.get("order", {}).get("choice") == "shuffled":
-        order = f"any, in {distilled.inner_steps} steps; each with {card['order'].get('images_per_class') or 'all'}"
+    in_order = distilled.order.as_dict()  # older cards describe the paper's in words
+    if in_order["choice"] == "shuffled":
+        order = f"any, in {distilled.inner_steps} steps; each with {in_order['images_per_class'] or 'all'}"
         order += f" images of each class, at a rate of {rates.flatten()[0]:.4g}"
     else:
         order = f"{counted(steps, 'step')} of {counted(batch, 'image')} in the order of the file, {len(rates)} times,"

@@ -1,6 +1,8 @@
 """Finished runs, read from their folders."""
 
 import json
+import logging
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,10 +14,15 @@ from omegaconf import OmegaConf
 
 from dd_lightning.distilled import DistilledData
 
+log = logging.getLogger(__name__)
+
 # Settings that do not decide what is computed, or that runs of one experiment may differ in.
 TRIAL = 100  # outer steps: a run of fewer tried out whether it works
 APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback", "logger", "processes", "device")
 APART += ("dry_run", "returned", "piece")
+
+
+KINDS = {"name": str, "test": dict, "card": dict, "use": dict, "versions": dict, "outer_steps": int, "set": str}
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,14 @@ class Run:
         return OmegaConf.select(OmegaConf.create(self.config | self.result.get("settings", {})), key)
 
 
+def other_kinds(result: dict[str, Any]) -> list[str]:
+    """The parts of a `result.json`, which somebody may have changed, that are of another kind than a run writes."""
+    odd = [key for key, kind in KINDS.items() if not isinstance(result.get(key, kind()), kind)]
+    values = result["test"].get("accuracies") if isinstance(result["test"], dict) else None
+    numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    return odd + ([] if numbers and values else ["test.accuracies"])
+
+
 def find_runs(folders: Iterable[Path]) -> list[Run]:
     """All runs with a test result in or below the folders, the newest first.
 
@@ -135,8 +150,12 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
                 result = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path} is truncated or not JSON") from error
-            if isinstance(result, dict) and "test" in result and "name" in result:
-                runs.append(Run(path.parent, result))
+            if not isinstance(result, dict) or "test" not in result or "name" not in result:
+                continue
+            if odd := other_kinds(result):
+                log.warning(f"{path} is left out: {', '.join(odd)} in it are not what a run writes")
+                continue
+            runs.append(Run(path.parent, result))
     return sorted(runs, key=lambda run: run.time, reverse=True)
 
 

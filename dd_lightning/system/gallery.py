@@ -37,3 +37,8 @@ def narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def widened(tensor: Tensor) -> Tensor:
     """In 32 bits, where it was stored in 16."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def whole(classes: Tensor) -> Tensor:
+    """In 64 bits, in however many whole numbers were stored."""
+    return classes.long() if classes.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else classes

@@ -1,7 +1,7 @@
 """One file of tensors and a card that describes them: safetensors, read without executing code."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], card: Mapping
     write_bytes(path, save(contiguous, metadata={"card": json.dumps(card)}))
 
 
-def read_tensors(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_tensors(
+    path: Path, kind: str, what: str, check: Callable[[dict[str, Any]], None] = lambda card: None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The card and the tensors of a file.
 
     Args:
         kind: the `format` that its card must name.
         what: it holds, for people.
+        check: refuses a card, with a ValueError.
 
     Raises:
-        ValueError: the file is truncated, not safetensors, or of another kind.
+        ValueError: the file is truncated, not safetensors, of another kind, or its card is refused.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -36,4 +39,8 @@ def read_tensors(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dict
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
     if not isinstance(card, dict) or card.get("format") != kind:
         raise ValueError(f"{path} is a safetensors file, but holds no {what}")
+    try:
+        check(card)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return card, tensors

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -112,8 +113,11 @@ class Workers:
     def _kept(self, description: str, name: str) -> Result | None:
         if self.folder is None or not (path := self._path(description, name)).is_file():
             return None
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (ValueError, EOFError, zipfile.BadZipFile):
+            return None  # changed or cut since it was written: it is done again
 
     def _keep(self, description: str, name: str, result: Result) -> None:
         if self.folder is not None:

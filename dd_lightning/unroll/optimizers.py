@@ -185,9 +185,12 @@ def inner_optimizer(card: dict[str, Any]) -> InnerOptimizer:
     """
     known = {"gd": GradientDescent, "momentum": Momentum, "adam": Adam}
     inner = card.get("inner", {"choice": "gd"})
-    if not isinstance(inner, dict) or inner.get("choice") not in known:
+    if not isinstance(inner, dict) or str(inner.get("choice")) not in known:
         raise ValueError(f"the card names an unknown inner optimizer: {inner}")
-    return known[inner["choice"]](**{key: value for key, value in inner.items() if key not in ("choice", "target")})
+    try:
+        return known[inner["choice"]](**{key: value for key, value in inner.items() if key not in ("choice", "target")})
+    except TypeError as error:
+        raise ValueError(f"the card names an unknown inner optimizer: {inner}") from error
 
 
 def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
