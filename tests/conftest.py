@@ -1,5 +1,6 @@
 """Shared pieces: a small packed data set, small networks, and commands run as a user runs them."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 from torch import nn
 
 from dd_lightning.data import Packed, RealData
@@ -136,6 +139,19 @@ def write_population(path, network, image_shape, classes, networks=3, held_out=2
     return population
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mode_by_the_command_line():
+    """Hydra composes a whole configuration, only to ask whether it is a sweep's: half of a refused command's time."""
+
+    def mode(self, config_name, overrides):
+        swept = any(o.startswith(("sweep=", "hydra.mode=MULTIRUN")) for o in overrides)
+        return RunMode.MULTIRUN if swept else None  # then -m says it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", mode)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_log():
     """What a command logs to lies in a folder that goes with its test."""
@@ -167,6 +183,39 @@ def run(tmp_path, monkeypatch, capfd):
         return code, message + capfd.readouterr().err, new[-1].resolve() if new else None
 
     return call
+
+
+def forked(command, *overrides, printed="printed.txt", before=lambda: None):
+    """Starts a command in a process that is forked from this one, so that nothing is imported again.
+
+    Args:
+        printed: file to which is added what the command prints.
+        before: called in that process.
+    """
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    with contextlib.suppress(BaseException):
+        file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv = [f"dd-{command}", *overrides]
+        before()
+        try:
+            import_module(f"dd_lightning.commands.{command}").main()
+            code = 0
+        except SystemExit as stop:
+            if not isinstance(stop.code, int):
+                print(stop.code, file=sys.stderr, flush=True)
+            code = stop.code if isinstance(stop.code, int) else 1
+    os._exit(code)
+
+
+def ended(process):
+    """Exit code of a forked process, as shells tell it."""
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return 128 - code if code < 0 else code
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ REFUSED = {
     "--seed=1": "--seed=1 is no option; a setting is written without dashes: seed=1",
     "-seed=1": "-seed=1 is no option; a setting is written without dashes: seed=1",
     "--nonsense": "--nonsense is no option",
+    "seed=1 -m batch_size=8": "options such as -m come before all settings, and here settings such as batch_size=8",
     "seed 1": "seed is no setting; one is written with =, such as seed=VALUE",
     "augment=dsa augment.strategies=flip": "augment: strategies must be a list, such as augment.strategies=[flip]",
     "augment.strategies=[flip": "augment.strategies=[flip: a bracket is missing; a list is augment.strategies=[1,2]",

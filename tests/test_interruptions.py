@@ -1,18 +1,15 @@
 """A sweep that is interrupted again and again ends as one that is not: bit for bit, and no job is run twice."""
 
-import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-from dd_lightning.commands import distill
+from conftest import ended, forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -25,29 +22,7 @@ TIMES = 20
 
 
 def started(folder):
-    """The sweep in a process that is forked, so that nothing is imported again."""
-    process = os.fork()
-    if process:
-        return process
-    code = 99
-    with contextlib.suppress(BaseException):
-        printed = os.open("printed.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(printed, 1), os.dup2(printed, 2)
-        sys.argv = ["dd-distill", *SWEEP, f"hydra.sweep.dir={folder}"]
-        try:
-            distill.main()
-            code = 0
-        except SystemExit as stop:
-            if not isinstance(stop.code, int):
-                print(stop.code, file=sys.stderr)
-            code = stop.code if isinstance(stop.code, int) else 1
-    os._exit(code)
-
-
-def ended(process):
-    """Exit code of a process, as shells tell it."""
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return 128 - code if code < 0 else code
+    return forked("distill", *SWEEP, f"hydra.sweep.dir={folder}")
 
 
 def result(folder):

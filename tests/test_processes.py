@@ -68,9 +68,13 @@ def test_initial_weights_are_split_by_index(world):
         assert torch.equal(joined, value)
 
 
-def test_two_processes_distil_what_one_does():
+def test_two_processes_distil_what_one_does(run, monkeypatch):
     """Bit for bit, with five initial weights per step: one process has three of them, the other two."""
-    one, two = distil("one"), distil("two", "trainer=ddp_sim")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+    # The first process is this one; Lightning starts the other like the program's main module.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="dd_lightning.commands.distill"))
+    (code, error, one), (other, said, two) = (run("distill", *TOY, f"trainer={name}") for name in ("cpu", "ddp_sim"))
+    assert (code, error, other, said) == (0, "", 0, "")
     assert same(one, two)
     assert (one / "csv" / "version_0" / "metrics.csv").read_text().count("\n") == (
         (two / "csv" / "version_0" / "metrics.csv").read_text().count("\n")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import ended, forked
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -21,6 +22,7 @@ from dd_lightning.commands import sweep
 from dd_lightning.commands.launch import CONF
 from dd_lightning.commands.report import PAPER
 from dd_lightning.commands.sweep import number_of_jobs
+from dd_lightning.evaluation import evaluator
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom", "init=random")
 TOY += ("network._target_=conftest.SmallNet", "networks=3", "distilled=random_real", "distilled.sets=2")
@@ -123,28 +125,25 @@ def environment():
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(CONF.parent)])}
 
 
-def test_a_killed_sweep_goes_on_with_what_is_missing(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_sweep_goes_on_with_what_is_missing(run, monkeypatch):
     jobs = ("-m", "distilled.learning_rate=0.1,0.2", "networks=100", "distilled.steps=2", "distilled.sets=8")
-    overrides = [o for o in SWEPT if not o.startswith(("networks", "distilled.s"))]
-    command = [sys.executable, "-m", "dd_lightning.commands.evaluate", *jobs, *overrides]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 200
-        while not (kept := list(tmp_path.rglob("testing/*.npz"))) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+    line = (*jobs, *(o for o in SWEPT if not o.startswith(("networks", "distilled.s"))))
+    process, deadline = forked("evaluate", *line), time.monotonic() + 200
+    while not (kept := list(Path("runs").rglob("testing/*.npz"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    assert ended(process) == 128 + signal.SIGKILL
     before = len(list(kept[0].parent.glob("networks*.npz")))
     assert before < 10
-    assert not list(tmp_path.rglob("result.json"))
-    code = "import sys; from dd_lightning.evaluation import evaluator as e\n"
-    code += "done, work = [], e.judge_sets\n"
-    code += "def counted(*a):\n    done.append(1)\n    return work(*a)\n"
-    code += "e.judge_sets = counted\n"
-    code += "from dd_lightning.commands import evaluate\nevaluate.main()\nprint('pieces', len(done))"
-    again = [sys.executable, "-c", code, *jobs, *overrides]
-    out = subprocess.run(again, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True).stdout
-    assert len(list(tmp_path.rglob("result.json"))) == 2
-    assert int(out.split("pieces ")[1]) == 20 - before
+    assert not list(Path("runs").rglob("result.json"))
+    done, work = [], evaluator.judge_sets
+    # By the name under which the kept results lie.
+    monkeypatch.setattr(evaluator, "judge_sets", lambda *arguments: done.append(1) or work(*arguments))
+    assert run("evaluate", *line)[:2] == (0, "")
+    assert len(list(Path("runs").rglob("result.json"))) == 2
+    assert len(done) == 20 - before
 
 
 @pytest.mark.slow  # starts processes

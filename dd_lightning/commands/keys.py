@@ -26,6 +26,8 @@ def check_dashes(program: str, arguments: list[str]) -> None:
     parser = get_args_parser()
     parser.error = lambda message: sys.exit(f"{program}: error: {message}")  # type: ignore[method-assign]
     for unknown in parser.parse_known_args(arguments)[1]:
+        if not unknown.startswith("-"):
+            parser.error(f"options such as -m come before all settings, and here settings such as {unknown} behind one")
         name, _, value = unknown.lstrip("-").partition("=")
         parser.error(f"{unknown} is no option; a setting is written without dashes: {name}={value or 'VALUE'}")
 

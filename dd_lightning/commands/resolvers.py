@@ -71,7 +71,7 @@ def sweep_folder(resume: str | None, new: str, *, _root_: DictConfig) -> str:
     if SWEEP_FOLDER in os.environ:
         return os.environ[SWEEP_FOLDER]
     check_name(name=_root_.get("name") or "sweep")
-    said = [o for o in _root_.hydra.overrides.task if o.lstrip("+").partition("=")[0] not in NOT_COMPUTED_FROM]
+    said = [o for o in as_said(_root_) if o.lstrip("+").partition("=")[0] not in NOT_COMPUTED_FROM]
     ending = digits([_root_.hydra.job.config_name, *said])
     found = unfinished(Path(new).parent, ending, "finished.json") if resume is not None else []
     return str(found[-1]) if found else f"{new}_{ending}"
@@ -97,6 +97,13 @@ def tracked(what: str, *, _root_: DictConfig) -> str:
 def task_overrides() -> list[str]:
     """What the command line says of this job, as it says it."""
     overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[arg-type]
+    assert isinstance(overrides, list)
+    return overrides
+
+
+def as_said(config: DictConfig) -> list[str]:
+    """What the command line says of a sweep, whose interpolations are for its jobs."""
+    overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     assert isinstance(overrides, list)
     return overrides
 

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dd_lightning.commands.launch import CONF
+from dd_lightning.commands.resolvers import as_said
 from dd_lightning.system.atomic import write_bytes, write_json
 from dd_lightning.system.locking import locked
 
@@ -42,7 +43,7 @@ class Search(Callback):
         study = optuna.create_study(
             storage=sweeper.storage, study_name=sweeper.study_name, direction="maximize", load_if_exists=True
         )
-        given = sorted(o for o in config.hydra.overrides.task if key(o) not in APART)
+        given = sorted(o for o in as_said(config) if key(o) not in APART)
         if (there := study.user_attrs.get(GIVEN, given)) != given:
             refuse(
                 f"the search in {folder} is of other settings: {' '.join(there)}; give it a name of its own, name=NAME"
@@ -70,7 +71,7 @@ class Search(Callback):
             return
         choices = config.hydra.runtime.choices
         about = f"Best of {len(study.trials)} trials of {config.name}: {study.best_value:.2f} % on validation pictures."
-        given = [o for o in config.hydra.overrides.task if key(o) not in (*APART, "experiment", "name")]
+        given = [o for o in as_said(config) if key(o) not in (*APART, "experiment", "name")]
         text = experiment(
             choices.get("experiment"), [*given, *(f"{k}={v}" for k, v in study.best_params.items())], about
         )

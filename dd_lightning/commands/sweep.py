@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dd_lightning.commands.resolvers import NOT_COMPUTED_FROM, SWEEP_FOLDER
+from dd_lightning.commands.resolvers import NOT_COMPUTED_FROM, SWEEP_FOLDER, as_said
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.signals import Interrupted
 from dd_lightning.system.words import counted
@@ -89,10 +89,10 @@ class Failures(Callback):
     """Jobs of a multirun share a folder; it ends with an error that lists those that failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._before = _failures(config)  # of earlier multiruns in the same folder
         os.environ[SWEEP_FOLDER] = config.hydra.sweep.dir
         os.environ[JOBS] = str(number_of_jobs(config))
         _taken.clear()
-        self._before = _failures(config)  # of earlier multiruns in the same folder
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         failed = [_read(path) for path, time in _failures(config).items() if self._before.get(path) != time]
@@ -106,7 +106,7 @@ class Failures(Callback):
 def number_of_jobs(config: DictConfig) -> int:
     """How many jobs a multirun has; 0 where only its sweeper knows."""
     swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task, *swept])
+    overrides = OverridesParser.create().parse_overrides([*as_said(config), *swept])
     said = {o.key_or_group: o for o in reversed(overrides)}  # the command line before the sweeper's settings
     try:
         return prod(len(list(o.sweep_string_iterator())) for o in said.values() if o.is_sweep_override())
