@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -37,19 +38,20 @@ def pytest_collection_modifyitems(items):
 def packed(tmp_path):
     """Writes a packed data set of easily told classes; keyword arguments replace its arrays."""
 
-    def write(name="toy", classes=3, size=12, channels=None, train=60, **replaced):
-        random = np.random.default_rng(0)
-        arrays = {}
-        for part, count in (("train", train), ("test", 30)):
-            labels = np.arange(count, dtype=np.int64) % classes
-            shape = (count, size, size) if channels is None else (count, size, size, channels)
-            images = random.integers(0, 80, shape) + (labels * (160 // classes)).reshape(-1, *[1] * (len(shape) - 1))
-            arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
-        path = tmp_path / f"{name}.npz"
-        np.savez(path, **{k: v for k, v in (arrays | replaced).items() if v is not None})
-        return path
+    return partial(write_packed, tmp_path)
 
-    return write
+
+def write_packed(folder, name="toy", classes=3, size=12, channels=None, train=60, **replaced):
+    random = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", train), ("test", 30)):
+        labels = np.arange(count, dtype=np.int64) % classes
+        shape = (count, size, size) if channels is None else (count, size, size, channels)
+        images = random.integers(0, 80, shape) + (labels * (160 // classes)).reshape(-1, *[1] * (len(shape) - 1))
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
+    path = folder / f"{name}.npz"
+    np.savez(path, **{k: v for k, v in (arrays | replaced).items() if v is not None})
+    return path
 
 
 class SmallNet(nn.Module):

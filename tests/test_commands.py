@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SmallNet, write_population
+from conftest import SmallNet, write_packed, write_population
 from safetensors.torch import save_file
 from torchvision import models
 
 from dd_lightning import AlexCifarNet, DistilledData, LeNet
+from dd_lightning.commands import launch
 from dd_lightning.commands.launch import CONF
 from dd_lightning.init import RandomInit
 from dd_lightning.system.seeding import Stream
@@ -184,25 +185,39 @@ def smaller(experiment):
     if experiment == "soft_cifar10_fixed_100":
         made += ["distilled.steps=1"]
     if experiment.startswith("table3_"):  # other pictures and weights
-        made += ["dataset=packed", "dataset.path=cifar10.npz", "network=torchvision", "network.name=squeezenet1_1"]
-        made += ["network.weights=weights.safetensors"]
+        made += [
+            "dataset=packed",
+            "dataset.path=${data_dir}/cifar10.npz",
+            "network=torchvision",
+            "network.name=squeezenet1_1",
+        ]
+        made += ["network.weights=${data_dir}/weights.safetensors"]
+    if experiment.startswith(("fig2b_cifar10", "fig3b_cifar10", "fig6_cifar10")):
+        made += ["distilled.steps=2"]
     return made
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_runs(run, experiment, packed, tmp_path):
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder of data sets and populations, by the names that experiments have for them."""
+    folder = tmp_path_factory.mktemp("world")
     for name, network, shape in POPULATIONS:
         init = RandomInit()
         weights = functools.partial(init.draw, network, Stream.PRETRAINING)
-        write_population(tmp_path / "populations" / name, network, shape, 10, weights=weights)
+        write_population(folder / "populations" / name, network, shape, 10, weights=weights)
     pictures = (("mnist", 28, None), ("fashion_mnist", 28, None), ("usps", 16, None), ("cifar10", 32, 3))
     for name, size, channels in pictures:
-        packed(name, classes=10, size=size, channels=channels, train=180)
-    packed("cifar100", classes=100, size=32, channels=3, train=400)
-    if experiment.startswith("table3_"):
-        save_file(models.squeezenet1_1().state_dict(), "weights.safetensors")
+        write_packed(folder, name, classes=10, size=size, channels=channels, train=180)
+    write_packed(folder, "cifar100", classes=100, size=32, channels=3, train=400)
+    save_file(models.squeezenet1_1().state_dict(), folder / "weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(run, experiment, world):
     overrides = ["trainer.max_steps=1", "init.per_step=1", "batch_size=8", "callbacks.held_out.test_networks=2"]
-    overrides += ["callbacks.held_out.networks=1", "data_dir=.", "dataset.validation=15", "optimizer.lr=0.001"]
+    overrides += ["callbacks.held_out.networks=1", "dataset.validation=15", "optimizer.lr=0.001"]
+    overrides += [f"data_dir={world}", f"populations_dir={world / 'populations'}"]
     overrides += smaller(experiment)
     code, error, folder = run("distill", f"experiment={experiment}", *overrides)
     assert (code, error) == (0, "")
@@ -309,12 +324,13 @@ def test_wandb_offline_and_two_runs_of_a_multirun(tmp_path, toy):
         assert list(run.glob("files/media/images/*.png"))
 
 
-def test_help_explains_the_groups(tmp_path):
-    for name, group in (("distill", "experiment   a claim"), ("evaluate", "distilled    where")):
-        command = [sys.executable, "-m", f"dd_lightning.commands.{name}", "--help"]
-        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        assert group in shown
-        assert "lenet" in shown
+@pytest.mark.parametrize(("name", "group"), [("distill", "experiment   a claim"), ("evaluate", "distilled    where")])
+def test_help_explains_the_groups(monkeypatch, capsys, name, group):
+    monkeypatch.setattr(sys, "argv", [f"dd-{name}", "--help"])
+    getattr(launch, name)()
+    shown = capsys.readouterr().out
+    assert group in shown
+    assert "lenet" in shown
 
 
 def test_an_env_file_is_read_from_the_folder_of_the_command(tmp_path, toy):
@@ -406,7 +422,7 @@ def test_a_setting_of_an_older_layout_says_so(run, old, now):
 
 
 ANY = ("order=shuffled", "order.inner_steps=6", "inner=adam", "labels=learned", "labels.constraint=softmax")
-NET = ("network._target_=conftest.SmallNet",)
+NET, RATE = ("network._target_=conftest.SmallNet",), "distilled.learning_rate=0.02"
 ANY += ("distilled=real", "distilled.epochs=1", "distilled.images_per_class=4", "window=random", "window.length=3")
 
 
@@ -425,8 +441,7 @@ def test_data_for_any_order_are_used_as_their_card_says_or_otherwise(run):
     found = []
     for line in (
         (),
-        ("order=shuffled", "order.inner_steps=9"),
-        ("order=shuffled", "order.images_per_class=2", "inner=momentum", "distilled.learning_rate=0.02"),
+        ("order=shuffled", "order.inner_steps=9", "order.images_per_class=2", "inner=momentum", RATE),
         ("distilled.soft_labels=false",),
     ):
         code, error, evaluated = run("evaluate", f"distilled.path={folder}", "networks=3", *NET, *line)

@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import sys
+from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,20 +16,28 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
+from dd_lightning import DistilledData
 from dd_lightning.commands import distill
+from dd_lightning.commands.build import CARD_GROUPS
 from dd_lightning.commands.launch import CONF
 
 BASE = ["trainer.max_steps=1", "trainer.accelerator=cpu", "init.per_step=1", "batch_size=8", "data_dir=."]
 BASE += ["callbacks.held_out.networks=1", "callbacks.held_out.test_networks=1", "dataset.validation=15"]
 BASE += ["callbacks.progress=null", "unroll=functional"]
 GROUPS = ("dataset", "network", "init", "objective", "distilled", "inner", "unroll", "optimizer", "schedule", "trainer")
-GROUPS += ("callbacks", "logger", "debug", "order", "augment", "labels", "window")
+GROUPS += ("callbacks", "logger", "debug", "order", "augment", "labels", "window", "images", "grow", "whitening")
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # wandb asks for an account, ddp starts this file's program again, tracebacks are what this file looks for.
 OPTIONS = [o for o in OPTIONS if o not in ("logger=wandb", "trainer=ddp", "trainer=ddp_sim") and "debug" not in o]
 OPTIONS = [o for o in OPTIONS if o not in ("logger=many", "logger=mlflow")]  # wandb, too, and what may not be installed
+PAIRS = [p for p in combinations(OPTIONS, 2) if p[0].partition("=")[0] != p[1].partition("=")[0]]
+# What an option cannot be without.
+WITH = {f"window={name}": ["window.length=1"] for name in ("random", "end", "pool")}
+WITH |= {"window=pool": ["window.length=1", "window.networks=2"]}
+WITH |= {"grow=stages": ["grow.stages=[1,2]", "trainer.max_steps=2"], "images=bases": ["images.count=2"]}
+WITH |= {"order=shuffled": ["order.inner_steps=2", "distilled.steps=1", "distilled.epochs=1"]}
 OPTIONS += [f"{group}=nonsense" for group in GROUPS]
 UNTOUCHED = ("traceback", "dry_run", "data_dir", "runs_dir", "expected", "trainer.devices", "trainer.accelerator")
 VALUES = ["0", "-1", "1", "2", "0.5", "1.5", "1e-30", "1e15", "nan", "inf", "-inf", "null", "true", "text", "''", "'é'"]
@@ -79,11 +89,13 @@ def command_lines(draw):
 def folder(tmp_path_factory):
     """Packed files of every data set's name."""
     folder, random = tmp_path_factory.mktemp("fuzz"), np.random.default_rng(0)
-    for name, shape in {"mnist": (28, 28), "usps": (16, 16), "svhn": (32, 32, 3), "cifar10": (32, 32, 3)}.items():
-        arrays = {}
-        for part, count in (("train", 60), ("test", 30)):
+    grey, coloured = ("mnist", "fashion_mnist", "kmnist"), ("svhn", "cifar10", "cifar100")
+    shapes = dict.fromkeys(grey, (28, 28)) | dict.fromkeys(coloured, (32, 32, 3)) | {"usps": (16, 16)}
+    for name, shape in shapes.items():
+        arrays, classes = {}, 100 if name == "cifar100" else 10
+        for part, count in (("train", 6 * classes), ("test", 3 * classes)):
             arrays[f"{part}_images"] = random.integers(0, 255, (count, *shape)).astype(np.uint8)
-            arrays[f"{part}_labels"] = np.arange(count) % 10
+            arrays[f"{part}_labels"] = np.arange(count) % classes
         np.savez(folder / f"{name}.npz", **arrays)
     return folder
 
@@ -135,16 +147,24 @@ def made(file):
 def check_record(folder, line):
     """The run's own record is what was asked."""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    card = OmegaConf.create({"card": DistilledData.load(folder).card}).card
     for override in OverridesParser.create().parse_overrides(line):
-        if override.key_or_group not in GROUPS and "${" not in override.input_line:
-            asked = OmegaConf.create({"value": override.value()}).value
-            assert repr(OmegaConf.select(config, override.key_or_group)) == repr(asked)
+        key, value = override.key_or_group, override.value()
+        if key in GROUPS:
+            assert choices[key] == value
+            assert key not in CARD_GROUPS or card[key].choice == value
+        elif "${" not in override.input_line:
+            asked = OmegaConf.create({"value": value}).value
+            assert repr(OmegaConf.select(config, key)) == repr(asked)
+            if key.partition(".")[0] in CARD_GROUPS and OmegaConf.select(card, key, default=MISSING) != MISSING:
+                assert asked is None or repr(OmegaConf.select(card, key)) == repr(asked)
 
 
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
 @given(line=command_lines())
 def test_a_few_configurations(line, folder, monkeypatch):
     check(line, folder, monkeypatch)
@@ -155,3 +175,21 @@ def test_a_few_configurations(line, folder, monkeypatch):
 @given(line=command_lines())
 def test_many_configurations(line, folder, monkeypatch):
     check(line, folder, monkeypatch)
+
+
+def of_pair(pair):
+    """A command line of two options, with what they cannot be without."""
+    return list(dict.fromkeys([*pair, *(more for option in pair for more in WITH.get(option, ()))]))
+
+
+@pytest.mark.parametrize("pair", Random(3).sample(PAIRS, 5), ids=" ".join)
+def test_a_few_pairs_of_options(pair, folder, monkeypatch):
+    check(of_pair(pair), folder, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", sorted({pair[0] for pair in PAIRS}))
+def test_every_pair_of_options(first, folder, monkeypatch):
+    for pair in PAIRS:
+        if pair[0] == first:
+            check(of_pair(pair), folder, monkeypatch)

@@ -160,7 +160,7 @@ def toy(packed):
     return packed(channels=3)
 
 
-@pytest.mark.parametrize("unroll", ["functional", "batched"])
+@pytest.mark.parametrize("unroll", [pytest.param("functional", marks=pytest.mark.slow), "batched"])
 def test_bases_go_on_bit_for_bit_and_are_used_again(run, monkeypatch, unroll):
     lines = (*RUN, *ANY, *BASES, "budget.numbers=600", f"unroll={unroll}", "window=random", "augment=dsa")
     code, error, folder = run("distill", *lines, "name=straight")
