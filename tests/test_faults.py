@@ -1,7 +1,9 @@
 """Faults around a run: full disks, folders that vanish, services out of reach, odd data."""
 
+import csv
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from dd_lightning import DistilledData
 from dd_lightning.data import Preprocessing
 from dd_lightning.report.picture import figure
+from dd_lightning.training.loggers import CSVLogger
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom", "batch_size=16")
 TOY += ("network._target_=conftest.SmallNet", "unroll=functional", "trainer.max_steps=6", "callbacks.resume.every=2")
@@ -151,3 +154,33 @@ def test_distilled_data_that_are_not_finite_are_refused(run, packed):
     assert code == 1
     assert "bad.safetensors: images holds values that are not finite numbers" in error
     assert not Path("last_good.safetensors").exists()
+
+
+def test_a_new_column_of_metrics_costs_no_row_on_a_full_disk(tmp_path, monkeypatch):
+    logger = CSVLogger(str(tmp_path), name="csv", version=0)
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+    path = tmp_path / "csv" / "version_0" / "metrics.csv"
+    before, whole = path.read_bytes(), csv.DictWriter.writerows
+
+    def full(self, rows):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", full)
+        logger.log_metrics({"b": 2.0}, step=1)
+        with pytest.raises(OSError, match="No space"):
+            logger.save()
+    assert path.read_bytes() == before
+    assert csv.DictWriter.writerows is whole
+    logger.save()
+    assert path.read_text().split() == ["a,b,step", "1.0,,0", ",2.0,1"]
+
+
+def test_rows_that_were_cut_are_dropped_when_a_run_goes_on(tmp_path):
+    path = tmp_path / "csv" / "version_0" / "metrics.csv"
+    path.parent.mkdir(parents=True)
+    cut = "heldout/accuracy_mean,step,train/loss\n,0,1.0\n,1,2.0\n50.0,2,\n,2,3.,3,4.0\n,3,\n,2.0,1\n,4"
+    path.write_text(cut)
+    CSVLogger(str(tmp_path), name="csv", version=0).rewind(2)
+    assert path.read_text().split() == ["heldout/accuracy_mean,step,train/loss", ",0,1.0", ",1,2.0", "50.0,2,"]

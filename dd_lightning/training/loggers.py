@@ -22,6 +22,10 @@ class _Appending(ExperimentWriter):
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
+        self._read_keys()
+
+    def _read_keys(self) -> None:
+        """Columns are those of the file."""
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
@@ -32,7 +36,17 @@ class _Appending(ExperimentWriter):
 
     def save(self) -> None:
         os.makedirs(self.log_dir, exist_ok=True)  # the folder may have been removed
-        super().save()
+        try:
+            super().save()
+        except BaseException:
+            self._read_keys()  # Lightning saves once more when a run fails, and counts new columns as written
+            raise
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Lightning's empties the file first, and what is in it is lost where the process or the disk ends then."""
+        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        write_rows(Path(self.metrics_file_path), fieldnames, rows)
 
 
 class CSVLogger(lightning.CSVLogger):
@@ -53,14 +67,23 @@ class CSVLogger(lightning.CSVLogger):
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             keys = list(reader.fieldnames or [])
-            whole = (row for row in reader if None not in row.values())  # the last may have been cut
+            whole = (row for row in reader if is_whole(row))  # those that a full disk cut are not
             # Lightning numbers the steps of its own metrics from 0, the others count those done.
             rows = [row for row in whole if step and int(row["step"]) + bool(row.get("train/loss")) <= step]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, keys)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_bytes(path, text.getvalue().encode())
+        write_rows(path, keys, rows)
+
+
+def is_whole(row: dict[str, str]) -> bool:
+    return None not in row and None not in row.values() and row.get("step", "").isdecimal()
+
+
+def write_rows(path: Path, keys: list[str], rows: list[dict[str, str]]) -> None:
+    """A table, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, keys)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def make_logger(make: Callable[..., Logger], config: dict[str, Any], folder: Path, step: int) -> Logger:
