@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from pytorch_lightning.callbacks import Callback
 from test_resuming import at_step, heed
 
 from dd_lightning import DistilledData
@@ -99,6 +100,27 @@ def test_a_hang_up_saves(request, run, monkeypatch):
     assert code == 128 + signal.SIGHUP
     assert "interrupted by SIGHUP and saved after outer step 5" in error
     assert run("distill", *SHORT) == (0, "", None)
+
+
+class Late(Callback):
+    """A signal, once, when the last outer step is done and saved."""
+
+    sent = False
+
+    def on_train_end(self, *args):
+        if not Late.sent:
+            Late.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_outer_step_is_not_lost(run):
+    line = (*SHORT, "+callbacks.late._target_=test_goes_on.Late")
+    code, error, folder = run("distill", *line)
+    assert code == 143
+    assert "interrupted by SIGTERM and saved after outer step 6" in error
+    assert not (folder / "result.json").exists()
+    assert run("distill", *line) == (0, "", None)
+    assert (folder / "result.json").is_file()
 
 
 @pytest.mark.parametrize("more", ["", "trainer.max_steps=8"])

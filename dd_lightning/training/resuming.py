@@ -89,6 +89,7 @@ class ResumeCheckpoint(Checkpoint):
         self._publish(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (self._stopping,) = agreed(trainer, self._asked)  # perhaps after the last outer step was saved
         self._publish(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
