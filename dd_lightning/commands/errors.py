@@ -66,7 +66,7 @@ def of_system(error: OSError) -> str:
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write{where} ({error.strerror}); once there is room, the same command goes on"
-    return f"{error.strerror}:{where}" if where else error.strerror
+    return f"{error.strerror}:{where}" if where else str(error.strerror)
 
 
 def unreadable(override: str) -> str:

@@ -121,7 +121,7 @@ def signature(made: Any) -> inspect.Signature:
     """With annotations that are types, where they can be found."""
     try:
         return inspect.signature(made, eval_str=True)
-    except NameError:  # of what is imported for type checkers alone
+    except Exception:  # of a user's, or of what is imported for type checkers alone
         return inspect.signature(made)
 
 

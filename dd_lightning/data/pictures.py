@@ -35,7 +35,7 @@ class Preprocessing:
         if "preprocessing" not in card:
             raise ValueError("the card of these data does not say how pictures were normalised (preprocessing)")
         entry = card["preprocessing"]
-        return cls(*(entry[name] for name in ("channels", "image_size", "mean", "std")), whitening)
+        return cls(**{name: entry[name] for name in ("channels", "image_size", "mean", "std")}, whitening=whitening)
 
     def __call__(self, images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
         images = self.normalised(images)
