@@ -87,11 +87,9 @@ class DatasetDistiller(pl.LightningModule):
         self.pool = None
         if self._window.start == POOL:
             self.pool = Pool(self._window.networks, len(self._place(0)), distilled.inner_steps, seed)
-        # What is drawn anew in every outer step, or waits elsewhere, cannot be recorded.
-        as_recorded = isinstance(distilled.order, FixedOrder) and isinstance(distilled.augment, Unchanged)
-        recorded = self._window.full and as_recorded and piece is None
         # Networks that are not batched are unrolled one by one, so that memory holds the graph of one.
-        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and recorded)
+        alike = self._window.full and piece is None and used_alike(distilled)
+        self._outer_step = OuterStep(self.loss, chunk if unroll.batched else 1, capture and alike)
         self._make_optimizer, self.make_schedule, self._rate_scale = optimizer, schedule, rate_scale
         self.config = config or {}
 
@@ -227,3 +225,8 @@ class DatasetDistiller(pl.LightningModule):
             raise ValueError(f"the checkpoint is of another config: {listed}{more}")
         if self.pool is not None:
             self.pool.load_state_dict(checkpoint["dd_pool"])
+
+
+def used_alike(distilled: DistilledData) -> bool:
+    """Whether every outer step uses the data alike: what is drawn anew cannot be recorded."""
+    return isinstance(distilled.order, FixedOrder) and isinstance(distilled.augment, Unchanged)

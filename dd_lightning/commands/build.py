@@ -13,11 +13,11 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from dd_lightning.commands.errors import named
-from dd_lightning.commands.learned import card_of, check_window, learned, settle_images
+from dd_lightning.commands.learned import card_of, check_window, learned, made_for, settle_images
 from dd_lightning.data import RealData, Whitening
-from dd_lightning.distilled import OTHERS, DistilledData
+from dd_lightning.distilled import DistilledData
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.init import FixedPretrainedInit, Init, OneNetwork, RandomPretrainedInit
+from dd_lightning.init import FixedPretrainedInit, Init, RandomPretrainedInit
 from dd_lightning.networks import TorchvisionNetwork, check_network, code_of
 from dd_lightning.objectives import Objective
 from dd_lightning.sources import Sets
@@ -126,10 +126,8 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     distilled, raw_labels = learned(cfg, data, distilled, images, labels)
     card = make_card(cfg, data)
     card |= card_of(distilled, budget) | {"network": card["network"] | code_of(network)}
-    weights, others = init.kept(network) if isinstance(init, OneNetwork) else (None, {})
-    card |= {OTHERS: others} if others else {}
     return DatasetDistiller(
-        replace(distilled, card=card, initial_weights=weights),
+        made_for(init, network, replace(distilled, card=card)),
         network,
         init,
         unroll,

@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd_lightning.commands.errors import named
 from dd_lightning.data import RealData
-from dd_lightning.distilled import DistilledData
+from dd_lightning.distilled import OTHERS, DistilledData
+from dd_lightning.init import Init, OneNetwork
 from dd_lightning.parametrisation import Budget, Images, Labels, Pixels
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.words import counted
@@ -98,3 +99,9 @@ def build_raw_labels(labels: Labels, distilled: DistilledData, num_classes: int)
     if raw is None and len(distilled.labels.unique()) < num_classes:
         raise ValueError(f"without an image of each of the {num_classes} classes, labels=learned is needed")
     return raw
+
+
+def made_for(init: Init, network: nn.Module, distilled: DistilledData) -> DistilledData:
+    """The data with the initial weights they are made for, where these are of one network."""
+    weights, others = init.kept(network) if isinstance(init, OneNetwork) else (None, {})
+    return replace(distilled, card=distilled.card | ({OTHERS: others} if others else {}), initial_weights=weights)
