@@ -58,7 +58,7 @@ class LayeredGradient(StepGradient):
         logits, saved = self._forward(theta, x)
         probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         wrong, total, images = _errors(probabilities, labels)
-        gradient, adjoints = self._backward(theta, saved, (wrong / images).to(logits.dtype))
+        gradient, adjoints = self._backward(theta, saved, (wrong / images).to(logits.dtype), again=again)
         fixed = frozen(self.network)
         tape = (theta, fixed, saved, adjoints, probabilities, total, images) if again else None
         return of_all(theta, gradient, fixed), tape
@@ -73,9 +73,12 @@ class LayeredGradient(StepGradient):
         return activations[self._output], saved
 
     def _backward(
-        self, theta: Weights, saved: list[Any], adjoint: Tensor, wanted: bool = False
+        self, theta: Weights, saved: list[Any], adjoint: Tensor, wanted: bool = False, again: bool = True
     ) -> tuple[Weights, list[Tensor | None]]:
-        """The adjoints of weights and activations, the images among them if wanted, from that of the logits."""
+        """The adjoints of weights and activations, the images among them if wanted, from that of the logits.
+
+        Unless it is wanted `again`, what a layer keeps is let go on the way.
+        """
         adjoints: list[Tensor | None] = [None] * (len(self._layers) + 1)
         adjoints[self._output] = adjoint
         gradient: Weights = {}
@@ -88,6 +91,8 @@ class LayeredGradient(StepGradient):
             )
             _accumulate(adjoints, inputs, found)
             _collect(gradient, layer.names, w_adjoints)
+            if not again:
+                saved[index] = adjoints[index + 1] = None
         return gradient, adjoints
 
     def _derivative(self, tape: Any, direction: Weights) -> tuple[Weights, Tensor, Tensor | None]:
@@ -171,7 +176,7 @@ class PlainGradient(LayeredGradient):
         with torch.enable_grad():
             value = loss(logits.requires_grad_())
         (adjoint,) = torch.autograd.grad(value, logits)
-        gradient, adjoints = self._backward(single, saved, adjoint, wanted)
+        gradient, adjoints = self._backward(single, saved, adjoint, wanted, again=False)
         return value.detach(), of_all(single, gradient), adjoints[0]
 
     @torch.no_grad()
