@@ -228,7 +228,7 @@ def test_the_command_writes_tables_figures_and_a_page_that_needs_nothing_else(ru
     checker.feed(text)
     assert checker.open == []
     assert checker.images == checker.figures == checker.captions > 8
-    assert checker.tables == 6 + 5  # of the paper, and of the field
+    assert checker.tables == 7 + 5  # of the paper, and of the field
     assert len(set(checker.ids)) == len(checker.ids)
     assert {link[1:] for link in checker.links} <= set(checker.ids)
     assert "://" not in text
@@ -245,7 +245,7 @@ def test_a_report_of_nothing_names_every_command(run, tmp_path):
     code, error, _ = run("report")
     assert (code, error) == (0, "")
     text = (tmp_path / "runs" / "report" / "report.html").read_text()
-    assert "0 of 43 numbers" in text
+    assert "0 of 53 numbers" in text
     for sweep in ("table1_baselines", "table2_baselines", "fig4a_steps", "fig4b_epochs", "fig5_steps_vs_batch"):
         assert f"sweep={sweep}" in text
 
