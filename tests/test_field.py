@@ -125,6 +125,7 @@ def test_published_numbers_have_a_source_and_a_protocol():
 def test_accuracy_stands_over_stored_numbers(tmp_path):
     for images in (10, 100):
         write_ordinary(tmp_path / str(images), "gallery:any", "ConvNet", [80.0 + images / 10], images=images)
+    write_ordinary(tmp_path / "sweep", "gallery:other", "ConvNet", [20.0], images=20, name="architectures")
     figure = budget(find_runs([tmp_path]))
     assert "MNIST, ConvNet: 81.0 at 1 (8,840), 90.0 at 10 (79,400)" in figure.words
     assert "MNIST, ConvNet, random real: 50.0 ± 1.0 at 1 (7,840), 50.0 ± 1.0 at 10 (78,400)" in figure.words

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from dd_lightning.distilled import DistilledData
-from dd_lightning.report.architectures import network_of, short
+from dd_lightning.report.architectures import ARCHITECTURES, network_of, short
 from dd_lightning.report.figures import Figure, axes_of, save
 from dd_lightning.report.runs import Measured, Run
 from dd_lightning.report.tables import number
@@ -34,7 +34,9 @@ def budget(runs: Iterable[Run]) -> Figure:
     """Ordinary training on distilled data, beside random real images."""
     title = "Accuracy over images per class and stored numbers, ordinary training"
     claim = "distilled data are worth more than as many stored numbers of real images"
-    of_use = [run for run in runs if run.result.get("use", {}).get("choice") == "ordinary"]
+    # In a sweep of architectures different sets of one size stand side by side.
+    others = (run for run in runs if run.name != ARCHITECTURES)
+    of_use = [run for run in others if run.result.get("use", {}).get("choice") == "ordinary"]
     lines: Lines = {}
     for run in of_use:
         use, classes, one = run.result["use"], run.setting("dataset.num_classes") or 10, Measured([run])
