@@ -25,6 +25,7 @@ def toy(packed):
     return packed()
 
 
+WITHOUT = "callbacks.held_out=null callbacks.pictures=null callbacks.resume.every=1"
 REFUSED = {
     "+trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches=2 is not a setting of Algorithm 1",
     "+trainer.limit_train_batches=0.5": "trainer.max_steps alone says how long a run is",
@@ -42,6 +43,7 @@ REFUSED = {
     "trainer.gradient_clip_val=nan": "trainer.gradient_clip_val must be a number above 0",
     "+trainer.max_time=3": "trainer.max_time must be days, hours, minutes and seconds",
     "+trainer.max_time=00:00:00:00": "trainer.max_time must be",
+    f"returned=validation {WITHOUT}": "returned=validation, but there is no held-out evaluation",
     "+lr=3": "lr is no setting of dd-distill; did you mean optimizer.lr?",
     "lr=3": "there is no setting lr; did you mean optimizer.lr?",
     "traner=gpu": "there is no setting traner; did you mean trainer?",

@@ -118,6 +118,9 @@ def check(cfg: DictConfig, folder: Path) -> None:
     check_trainer(settings)
     for group in ("callbacks", "logger"):
         check_inside(folder, group, cfg[group] or {})
+    targets = [str(callback.get("_target_")) for callback in (cfg.callbacks or {}).values() if callback]
+    if cfg.returned == "validation" and not any("HeldOut" in target for target in targets):
+        raise ValueError("returned=validation, but there is no held-out evaluation: the callback held_out")
 
 
 def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, checkpoint: Path | None) -> pl.Trainer:

@@ -38,6 +38,8 @@ def read_sets(path: Path, labels_path: Path | None = None) -> list[Set]:
         ValueError: naming the file, and what is wrong with it.
     """
     if path.is_dir():
+        if labels_path is not None:
+            raise ValueError(f"labels_path={labels_path}, but the labels of folder {path} are in its {LABELS_FILE}")
         found = [_read_folder(path)]
     else:
         content = _read(path)
