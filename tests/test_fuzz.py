@@ -109,7 +109,7 @@ def outcome(line):
     """Exit code and all that the command printed to stderr."""
     printed = io.StringIO()
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{line} hangs"))
-    signal.alarm(120)
+    signal.alarm(600)
     try:
         with contextlib.redirect_stderr(printed):
             sys.argv = ["dd-distill", *BASE, *line]
