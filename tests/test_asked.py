@@ -196,6 +196,18 @@ def test_a_refused_command_leaves_the_record_of_the_run_it_asked_for(run):
     assert before == {path: path.read_bytes() for path in folder.glob(".hydra/*")}
 
 
+def test_a_run_does_not_go_back(run):
+    folder = Path("runs/distill/mine")
+    assert run("distill", *SHORT, f"hydra.run.dir={folder}")[:2] == (0, "")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".yaml", ".json")}
+    code, error, _ = run("distill", *SHORT, f"resume={folder}", "trainer.max_steps=4")
+    assert (code, error) == (
+        1,
+        "dd-distill: error: trainer.max_steps=4, but the checkpoint is of outer step 6",
+    )
+    assert before == {path: path.read_bytes() for path in before}
+
+
 class Buffered(torch.nn.Module):
     """A network whose pixels are weighted by numbers that are drawn once, and are no parameters."""
 

@@ -126,6 +126,8 @@ def check(cfg: DictConfig, folder: Path) -> None:
 def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, checkpoint: Path | None) -> pl.Trainer:
     """Lightning's trainer, whose callbacks and loggers go on from the checkpoint."""
     step = load_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+    if step > cfg.trainer.max_steps:
+        raise ValueError(f"trainer.max_steps={cfg.trainer.max_steps}, but the checkpoint is of outer step {step}")
     # Growing comes first: what others see after an outer step is what it has left of it.
     callbacks = [instantiate(callback) for callback in (cfg.grow, *(cfg.callbacks or {}).values()) if callback]
     if cfg.trainer.get("max_time"):
