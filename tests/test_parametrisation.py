@@ -199,7 +199,7 @@ def test_bases_go_on_bit_for_bit_and_are_used_again(run, monkeypatch, unroll):
         (("budget.numbers=0",), "numbers must be a whole number of at least 1, not 0"),
         (("images.count=0",), "images: count must be a whole number of at least 1, not 0"),
         (("images.scale=5",), "images: scale=5 does not divide the 12×12 pixels"),
-        (("images.coefficient_decay=-1",), "images: coefficient_decay must be at least 0"),
+        (("images.coefficient_decay=-1",), "images: coefficient_decay must be a number of at least 0"),
     ],
 )
 def test_bases_and_budgets_that_cannot_be(run, line, message):
