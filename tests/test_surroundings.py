@@ -119,10 +119,14 @@ def test_files_of_text_name_their_encoding():
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
             text = name in ("read_text", "write_text") or (
-                name == "open" and not any("b" in str(getattr(a, "value", "")) for a in node.args)
+                name == "open" and not any("b" in str(getattr(n, "value", "")) for a in node.args for n in ast.walk(a))
             )
             of = getattr(getattr(node.func, "value", None), "id", "")
-            if text and of not in ("os", "Image", "archive") and not any(k.arg == "encoding" for k in node.keywords):
+            if (
+                text
+                and of not in ("os", "Image", "archive", "tarfile")
+                and not any(k.arg == "encoding" for k in node.keywords)
+            ):
                 unnamed.append(f"{path}:{node.lineno}")
     assert not unnamed
     assert "encoding: utf-8" in (CONF / "hydra" / "job_logging" / "rich.yaml").read_text(encoding="utf-8")
