@@ -177,7 +177,7 @@ def test_learned_rates_are_as_good_as_a_line_search():
     """One network and one minibatch, so that a line search finds the best rate."""
 
     class Real:
-        train = type("Train", (), {"images": torch.zeros(1)})
+        train = type("Train", (), {"labels": torch.zeros(1)})
 
         def minibatch(self, step):
             random = torch.Generator().manual_seed(0)

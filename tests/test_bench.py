@@ -58,7 +58,7 @@ def test_running_out_of_memory_is_a_row(run, monkeypatch):
 
 def test_operations_of_an_outer_step():
     assert operations("lenet", 1, 5, 16) == counted("lenet", 1, 5, 16)
-    assert operations("lenet", 2, 3, 16) == pytest.approx(counted("lenet", 2, 3, 16), rel=0.02)
+    assert operations("lenet", 2, 3, 16) == pytest.approx(counted("lenet", 2, 3, 16), rel=0.03)
     more = operations("lenet", 1, 3, 17) - operations("lenet", 1, 3, 16)  # of one real image, with its gradient
     forward = [28**2 * 6 * 25, 10**2 * 16 * 6 * 25, 400 * 120, 120 * 84, 84 * 10]
     assert more == 2 * (3 * sum(forward) - forward[0])  # the images themselves need no gradient

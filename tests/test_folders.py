@@ -407,13 +407,13 @@ CROPPED = ("dataset.random_resized_crop=[0.3,1.0]", "dataset.flip=true", "traine
 
 
 class Stop(Callback):
-    """Asks the run to end, as a terminal does: the processes that decode, too."""
+    """Asks the run to end, as a cluster does: the processes that decode, too."""
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 3 and not Path("stopped").exists():
             Path("stopped").touch()
             for number in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
-                os.kill(number, signal.SIGINT)
+                os.kill(number, signal.SIGTERM)
 
 
 @pytest.mark.filterwarnings("ignore:.*suggested max number of worker.*")
@@ -423,7 +423,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, run):
     assert (code, error) == (0, "")
     line = (*SHORT, *CROPPED, "dataset.workers=2", "+callbacks.stop._target_=test_folders.Stop")
     code, error, folder = run("distill", *line)
-    assert code == 130
+    assert code == 128 + signal.SIGTERM
     assert "saved after outer step 3" in error
     assert run("distill", *line)[0] == 0
     assert torch.equal(DistilledData.load(straight).images, DistilledData.load(folder).images)

@@ -102,8 +102,8 @@ def explained(distilled: DistilledData, losses: str) -> str:
         order += " each step at its own rate (learning_rates)"
     accuracy = card.get("accuracy", {})
     tested = "not tested"
-    if "accuracy_mean" in accuracy:
-        networks = f", {counted(accuracy['networks'], 'network')}" if "networks" in accuracy else ""
+    if accuracy.get("accuracy_mean") is not None:
+        networks = f", {counted(accuracy['networks'], 'network')}" if accuracy.get("networks") else ""
         tested = f"{accuracy['accuracy_mean']:.2f} % on the test set{networks}"
     return TEXT.format(
         count=steps * batch,
