@@ -18,6 +18,7 @@ from dd_lightning.outer import OuterLoss
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.checks import check_choice, check_count, check_positive, check_threads, check_whole
 from dd_lightning.system.processor import device_of, hardware, versions
+from dd_lightning.system.words import counted
 from dd_lightning.training.arithmetic import Product, operations
 from dd_lightning.training.cost import NETWORKS, PARTS, BareStep, Engine, Measured, Ratio, framework, measure, ratio
 from dd_lightning.training.peer import Peer, check_checkout
@@ -145,7 +146,7 @@ def ratios(m: Measured, measured: dict[str, Measured]) -> dict[str, Ratio | None
 
 
 def table(setting: Setting, measured: dict[str, Measured], limit: Limit) -> Table:
-    threads = f" with {torch.get_num_threads()} thread(s)" if not torch.cuda.is_available() else ""
+    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if not torch.cuda.is_available() else ""
     product = f"{limit.per_second / 1e9:.0f} GFLOP/s, those of a large matrix product{threads}"
     caption = f"{limit.operations / 1e9:.3g} GFLOP take {1e3 * limit.seconds:.3g} ms at {product}"
     result = Table(title=title(setting), title_justify="left", caption=caption, caption_justify="left")
