@@ -140,7 +140,9 @@ def prepare() -> None:
         os.environ.setdefault("COLUMNS", "160")  # a log file need not be wrapped for a terminal
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and we print them
     warnings.filterwarnings(
-        "ignore", message=".*LeafSpec.*|.*does not have many workers.*|.torch.jit.script. is deprecated.*"
+        "ignore",
+        message=".*LeafSpec.*|.*does not have many workers.*|.torch.jit.script. is deprecated.*"
+        "|.*have overridden .transfer_batch_to_device.*|.*is smaller than the logging interval.*",
     )
     logging.raiseExceptions = bool(os.environ.get(TRACEBACK))  # e.g. where the disk of the log file is full
 
