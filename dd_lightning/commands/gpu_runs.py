@@ -72,7 +72,7 @@ class Place(NamedTuple):
             f"trainer.accelerator={accelerator}",
             f"hydra.run.dir={self.folder / name}",
         ]
-        line.append("+callbacks.seconds._target_=dd_lightning.training.proving.StepSeconds")
+        line.append("+callbacks.seconds._target_=dd_lightning.training.proving.KeptSeconds")
         command = [sys.executable, "-m", "dd_lightning.commands.distill", *line]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

@@ -176,6 +176,14 @@ class Clock:
         self.laps[part], self._last = self.laps.get(part, 0.0) + now - self._last, now
 
 
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and its seconds, with the device's work done."""
+    clock = Clock(device)
+    found = work()
+    clock.lap("all")
+    return found, clock.laps["all"]
+
+
 def peak_memory(device: torch.device, work: Callable[[], Any]) -> int:
     """Bytes of tensors that `work` holds at its peak above what was held before."""
     gc.collect()

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.report.picture import draw
 from dd_lightning.system.seeding import Stream
 from dd_lightning.training.callbacks import HeldOutEvaluation
+from dd_lightning.training.cost import Clock, timed
 from dd_lightning.training.resuming import KEPT
 
 WARM, MEASURED = 1, 2  # outer steps; the first makes what stays
@@ -48,17 +48,18 @@ class Foretold:
         return self.steps * self.step + self.evaluations * self.evaluation + self.test
 
 
-class _Timed(Callback):
+class StepSeconds(Callback):
     """Seconds of every outer step, with the device's work done."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._began = _now(trainer.strategy.root_device)
+        self._clock = Clock(trainer.strategy.root_device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(_now(trainer.strategy.root_device) - self._began)
+        self._clock.lap("step")
+        self.seconds.append(self._clock.laps["step"])
 
 
 def foretell(
@@ -76,10 +77,10 @@ def foretell(
         steps: outer steps of the run.
         held_out: the run's evaluation.
     """
-    timed = _Timed()
+    step_seconds = StepSeconds()
     alone: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto", "default_root_dir": str(folder)}
     silent = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = make(max_steps=WARM + MEASURED, callbacks=[timed], **alone, **silent)
+    trainer = make(max_steps=WARM + MEASURED, callbacks=[step_seconds], **alone, **silent)
     trainer.fit(distiller, datamodule=data)
     device = trainer.strategy.root_device
     checkpoint, picture, saved = _sizes(trainer, distiller, data, folder)
@@ -91,7 +92,7 @@ def foretell(
         evaluation = of_one * init.num_distinct(held_out.networks, Stream.HELD_OUT_VALIDATION)
         test = of_one * pictures * init.num_distinct(held_out.test_networks, Stream.HELD_OUT_TEST)
     return Foretold(
-        step=sum(timed.seconds[WARM:]) / MEASURED,
+        step=sum(step_seconds.seconds[WARM:]) / MEASURED,
         evaluation=evaluation,
         test=test,
         steps=steps,
@@ -118,9 +119,8 @@ def _evaluating(
     distiller.to(device)
     data.to(device)
     count = distiller.init.num_distinct(min(held_out.networks, 2), Stream.HELD_OUT_VALIDATION)
-    began = _now(device)
-    held_out.validate(distiller, data, count)
-    return (_now(device) - began) / count
+    _, seconds = timed(device, lambda: held_out.validate(distiller, data, count))
+    return seconds / count
 
 
 def peak(device: torch.device) -> int:
@@ -130,9 +130,3 @@ def peak(device: torch.device) -> int:
     import resource  # Windows has none
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -9,7 +9,7 @@ import os
 import socket
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DDPStrategy
 
 from dd_lightning.data import Digits, RealData
@@ -28,7 +27,8 @@ from dd_lightning.networks import LeNet
 from dd_lightning.objectives import Classification
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.installation import BROKEN, NOTE, OK
-from dd_lightning.training.cost import BareStep, Clock, Engine, gradient, peak_memory
+from dd_lightning.training.cost import BareStep, Engine, gradient, peak_memory, timed
+from dd_lightning.training.foretelling import StepSeconds
 from dd_lightning.unroll import FunctionalUnroll, HigherUnroll, Unroll
 
 Numbers = dict[str, Any]
@@ -158,33 +158,15 @@ def distil(device: torch.device, outer_steps: int, path: Path, environment: dict
         torch.save(distiller.distilled.images.detach().cpu(), path)
 
 
-class StepSeconds(Callback):
-    """Keeps the seconds of every outer step, with the device's work done, in the run's `seconds.json`."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._clock = Clock(trainer.strategy.root_device)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._clock.lap("step")
-        self._seconds.append(self._clock.laps["step"])
+class KeptSeconds(StepSeconds):
+    """Keeps them in the run's `seconds.json`."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        write_json(Path(trainer.default_root_dir) / SECONDS, self._seconds)
+        write_json(Path(trainer.default_root_dir) / SECONDS, self.seconds)
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
-
-
-def timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and its seconds, with the device's work done."""
-    clock = Clock(device)
-    found = work()
-    clock.lap("all")
-    return found, clock.laps["all"]
 
 
 @contextmanager

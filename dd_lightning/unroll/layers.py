@@ -132,22 +132,22 @@ def _product(a: Tensor, b: Tensor, to: Tensor | None = None) -> Tensor:
     return to.addmm_(a, b) if a.ndim == 2 else to.baddbmm_(a, b)
 
 
-class Reshaped(Layer):
-    """The same numbers in another shape, such as flattened.
+class LinearMap(Layer):
+    """A linear function of activations, such as average pooling.
 
     Args:
-        function: that reshapes.
-        inverse: of what has the new shape, and the first shape.
+        function: the map.
+        adjoint: of ȳ, for what is kept of x.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor, torch.Size], Tensor]) -> None:
-        self.function, self.inverse = function, inverse
+    def __init__(self, function: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor, Any], Tensor]) -> None:
+        self.function, self.adjoint = function, adjoint
 
     def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        return self.function(xs[0]), xs[0].shape
+        return self.function(xs[0]), xs[0]
 
     def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [self.inverse(dy, saved) if wanted else None], []
+        return [self.adjoint(dy, saved) if wanted else None], []
 
     def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
         return (None if txs[0] is None else self.function(txs[0])), None
@@ -155,7 +155,14 @@ class Reshaped(Layer):
     def backward_tangent(
         self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
     ) -> tuple[list[Tensor | None], Tensors]:
-        return [None if ey is None else self.inverse(ey, saved)], []
+        return [None if ey is None else self.adjoint(ey, saved)], []
+
+
+class Reshaped(LinearMap):
+    """The same numbers in another shape, such as flattened; of x its shape is kept alone."""
+
+    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
+        return self.function(xs[0]), xs[0].shape
 
 
 class Differentiated(Layer):

@@ -1,6 +1,5 @@
 """Group normalisation and average pooling, whatever the layout of activations."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,29 +89,3 @@ class GroupNorm(Layer):
         # ṙ = −r² mean(ẋ x̂)
         ex.addcmul_(self._centred(d, x, first), r * moved, value=-1)
         return [ex.mul_(r).flatten(1, 2)], ew
-
-
-class Average(Layer):
-    """Average pooling; linear, as is its adjoint.
-
-    Args:
-        function: the pooling.
-        adjoint: of ȳ, for an x.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.function, self.adjoint = function, adjoint
-
-    def forward(self, w: Tensors, xs: Tensors) -> tuple[Tensor, Any]:
-        return self.function(xs[0]), xs[0]
-
-    def backward(self, w: Tensors, saved: Any, dy: Tensor, wanted: bool) -> tuple[list[Tensor | None], Tensors]:
-        return [self.adjoint(dy, saved) if wanted else None], []
-
-    def tangent(self, w: Tensors, saved: Any, tw: Tensors, txs: list[Tensor | None]) -> tuple[Tensor | None, Any]:
-        return (None if txs[0] is None else self.function(txs[0])), None
-
-    def backward_tangent(
-        self, w: Tensors, saved: Any, tw: Tensors, tsaved: Any, dy: Tensor, ey: Tensor | None
-    ) -> tuple[list[Tensor | None], Tensors]:
-        return [None if ey is None else self.adjoint(ey, saved)], []

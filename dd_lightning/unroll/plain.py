@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd_lightning.networks import channels_last
-from dd_lightning.unroll.layers import NARROW, Layer, Reshaped, Tensors, UnsupportedLayerError, pair
-from dd_lightning.unroll.norms import Average, GroupNorm
+from dd_lightning.unroll.layers import NARROW, Layer, LinearMap, Reshaped, Tensors, UnsupportedLayerError, pair
+from dd_lightning.unroll.norms import GroupNorm
 
 
 class Conv2d(Layer):
@@ -167,4 +167,4 @@ def avg_pool2d(module: nn.AvgPool2d) -> Layer:
     """`nn.AvgPool2d`."""
     sizes = (list(pair(o)) for o in (module.kernel_size, module.stride, module.padding))
     options = *sizes, module.ceil_mode, module.count_include_pad, module.divisor_override
-    return Average(module, lambda dy, x: torch.ops.aten.avg_pool2d_backward(dy, x, *options))
+    return LinearMap(module, lambda dy, x: torch.ops.aten.avg_pool2d_backward(dy, x, *options))

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from dd_lightning.unroll.layers import (
     Differentiated,
     Layer,
+    LinearMap,
     Reshaped,
     Tensors,
     UnsupportedLayerError,
     largest,
     pair,
 )
-from dd_lightning.unroll.norms import Average, GroupNorm
+from dd_lightning.unroll.norms import GroupNorm
 from dd_lightning.unroll.patches import Conv2d as Conv2d
 from dd_lightning.unroll.patches import padded, unphased
 from dd_lightning.unroll.products import bias_adjoint, biased
@@ -121,7 +122,7 @@ def avg_pool2d(module: nn.AvgPool2d) -> Layer:
             window.add_(share)
         return dx
 
-    return Average(lambda x: functools.reduce(torch.add, windows(x)).div_(k * l), adjoint)
+    return LinearMap(lambda x: functools.reduce(torch.add, windows(x)).div_(k * l), adjoint)
 
 
 def flatten() -> Layer:
