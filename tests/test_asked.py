@@ -46,6 +46,8 @@ REFUSED = {
     f"returned=validation {WITHOUT}": "returned=validation, but there is no held-out evaluation",
     "+lr=3": "lr is no setting of dd-distill; did you mean optimizer.lr?",
     "lr=3": "there is no setting lr; did you mean optimizer.lr?",
+    "experment=demo": "there is no setting experment; did you mean experiment?",
+    "experiment=demoo": "experiment has no option demoo; did you mean demo? (any_cifar100_10, ",
     "traner=gpu": "there is no setting traner; did you mean trainer?",
     "trainer.max_step=3": "there is no setting trainer.max_step; did you mean trainer.max_steps?",
     "+network.widht=3": "network: SmallNet takes no setting 'widht'; leave it out with ~network.widht",

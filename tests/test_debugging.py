@@ -1,6 +1,7 @@
 """Debug presets, and progress without a terminal."""
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -11,7 +12,7 @@ import pytest
 from test_commands import SHORT, TOY
 
 from dd_lightning.commands import dry_run
-from dd_lightning.system.progress import Lines, duration, progress_of
+from dd_lightning.system.progress import Lines, Messages, duration, progress_of
 from dd_lightning.training import Profile, ProgressBar, progress
 from dd_lightning.training.progress import PlainProgress
 
@@ -65,8 +66,15 @@ def test_lines_come_now_and_then_and_say_how_long(monkeypatch):
     assert lines.tell(300, "loss 0.3") == "distilling: 300 of 1000 outer steps, 3.5 minutes left, loss 0.3"
     now[0] += 29
     assert lines.tell(400) is None
-    said = ["119 seconds", "2.0 minutes", "30 minutes", "2.0 hours", "10 hours"]
-    assert [duration(seconds) for seconds in (119, 120, 1800, 7200, 36000)] == said
+    said = ["1 second", "119 seconds", "2.0 minutes", "30 minutes", "2.0 hours", "10 hours"]
+    assert [duration(seconds) for seconds in (1, 119, 120, 1800, 7200, 36000)] == said
+
+
+def test_a_path_in_a_message_can_be_copied(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = f"saved in /[bold]{'folder/' * 20}"
+    Messages().handle(logging.makeLogRecord({"msg": text}))
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_no_control_characters_without_a_terminal(capfd, monkeypatch):

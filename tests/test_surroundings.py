@@ -1,9 +1,11 @@
 """What is around a command: start-up, terminals, locales, systems, folders of pictures."""
 
 import ast
+import contextlib
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from torch import nn
 
 from dd_lightning import DistilledData
 from dd_lightning.commands import launch
+from dd_lightning.commands.help import together
 from dd_lightning.commands.launch import CONF
 from dd_lightning.data import TorchvisionDataset
 from dd_lightning.evaluation import HeldOutResult
@@ -65,6 +68,26 @@ print([m for m in ("torch", "torchvision", "pytorch_lightning", "lightning_fabri
     assert "trainer.max_step; did you mean trainer.max_steps?" in error
     assert "without dashes: seed=1" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["bench", "distill", "evaluate", "export", "gallery", "linear", "pack", "report"])
+def test_help_fits_a_screen(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [f"dd-{name}", "--help"])
+    with contextlib.suppress(SystemExit):
+        getattr(launch, name)()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 120
+
+
+def test_every_sweep_is_named_by_the_help_of_its_command():
+    said = [(CONF / "hydra" / "help" / f"{name}.yaml").read_text(encoding="utf-8") for name in ("distill", "evaluate")]
+    for sweep in (CONF / "sweep").glob("*.yaml"):
+        assert sum(bool(re.search(rf"\b{sweep.stem}\b", text)) for text in said) >= 1
+
+
+def test_options_that_differ_in_a_number_alone_stand_together():
+    assert together(["a_1", "a_10", "a_2", "a_x", "b_1", "demo"]) == ["a_{1,2,10}", "a_x", "b_1", "demo"]
 
 
 def test_the_scripts_start_where_nothing_is_imported():

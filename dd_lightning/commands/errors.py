@@ -9,6 +9,8 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from dd_lightning.system.checks import nearest
+
 TRACEBACK = "DD_TRACEBACK"
 
 # Errors whose messages are for users.
@@ -53,6 +55,9 @@ def one_line(error: BaseException, prefix: str = "") -> str:
         message = f"dd_lightning.{old[1]}.{old[2]} is of an older layout; it is dd_lightning.{room}.{old[2]} now"
     if "Could not find 'hydra/sweeper/optuna'" in message:
         message = "Optuna is not installed: pip install -e '.[optuna]'"
+    if option := re.search(r"Could not find '((?!hydra)[\w/]+)/([^/']+)'; Available options in \S+: (.*)", message):
+        known = option[3].split()
+        message = f"{option[1]} has no option {option[2]}{nearest(option[2], known)} ({', '.join(known)})"
     extra = re.search(r"unexpected keyword argument '(\w+)'", message)
     if prefix and extra:  # such as what an experiment sets for another option of this group
         message += f"; leave it out with ~{prefix.removesuffix(': ')}.{extra[1]}"

@@ -168,7 +168,7 @@ def meant(key: str, conf: Path, config_name: str, overrides: list[str]) -> str:
         try:
             with initialize_config_dir(str(conf), version_base="1.3"):
                 composed: Any = OmegaConf.to_container(compose(config_name, overrides=given), resolve=False)
-                return nearest(key, names_of(composed))
+                return nearest(key, top_level(conf, config_name) | set(names_of(composed)))
         except HydraException:
             continue
     return ""

@@ -20,9 +20,10 @@ import dotenv
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dd_lightning.commands.errors import TRACEBACK, one_line, with_overrides
+from dd_lightning.commands.help import register_help
 from dd_lightning.commands.keys import check_dashes, check_known, meant
 from dd_lightning.commands.records import leave
 from dd_lightning.commands.resolvers import SWEEP_FOLDER, register, task_overrides
@@ -37,14 +38,8 @@ CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if pa
 Task = Callable[[DictConfig], Any]
 
 
-def options(*groups: str) -> str:
-    """What can be chosen of each config group, for `--help`."""
-    lines = [f"  {g:13}{', '.join(sorted(path.stem for path in (CONF / g).glob('*.yaml')))}" for g in groups]
-    return "\n".join(lines)
-
-
 register()
-OmegaConf.register_new_resolver("options", options, replace=True)
+register_help(CONF)
 
 
 def command(config_name: str) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal; elsewhere, as in a log file, a plain line now and then."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dd_lightning.system.processes import rank
+from dd_lightning.system.words import counted
 
 SECONDS = 30.0  # between lines
 
@@ -45,7 +47,17 @@ def duration(seconds: float) -> str:
     for size, name in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {name}" if seconds >= 10 * size else f"{seconds / size:.1f} {name}"
-    return f"{seconds:.0f} seconds"
+    return counted(round(seconds), "second")
+
+
+class Messages(logging.Handler):
+    """Log messages above the progress bar, not broken into lines, so that a path in them can be copied."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+        except Exception:
+            self.handleError(record)
 
 
 @contextmanager
