@@ -102,6 +102,25 @@ def test_a_hang_up_saves(request, run, monkeypatch):
     assert run("distill", *SHORT) == (0, "", None)
 
 
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_an_interruption_stays_one_where_what_it_came_upon_then_fails(run, monkeypatch, sweep):
+    from dd_lightning.commands.distill import build_data
+
+    def interrupted_within(cfg):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return build_data(cfg)
+        finally:
+            raise AttributeError("half made")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dd_lightning.commands.distill.build_data", interrupted_within)
+        code, error, folder = run("distill", *sweep, *SHORT)
+    assert (code, error) == (143, "dd-distill: interrupted by SIGTERM\n")
+    assert not list(folder.rglob("failed.json"))
+    assert run("distill", *sweep, *SHORT) == (0, "", None)
+
+
 class Late(Callback):
     """A signal, once, when the last outer step is done and saved."""
 

@@ -29,7 +29,7 @@ from dd_lightning.commands.records import leave
 from dd_lightning.commands.resolvers import SWEEP_FOLDER, register, task_overrides
 from dd_lightning.commands.sweep import JOBS, run_job
 from dd_lightning.system.processes import rank
-from dd_lightning.system.signals import Interrupted, interrupted_at_once
+from dd_lightning.system.signals import Interrupted, interrupted_at_once, interruption
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed wheel conf/ lies inside the package, in a checkout beside it.
@@ -60,13 +60,13 @@ def command(config_name: str) -> Callable[[], None]:
         try:
             with interrupted_at_once():
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
-        except Interrupted as stop:
-            if rank() == 0:
-                print(f"{program}: {advised(stop.message)}", file=sys.stderr)
-            sys.exit(stop.code)
         except BrokenPipeError:
             unheard(program)
-        except Exception as error:
+        except (Interrupted, Exception) as error:
+            if stop := interruption(error):
+                if rank() == 0:
+                    print(f"{program}: {advised(stop.message)}", file=sys.stderr)
+                sys.exit(stop.code)
             if os.environ.get(TRACEBACK):
                 raise
             sys.exit(f"{program}: error: {uncomposed(error, config_name)}")
@@ -151,6 +151,8 @@ def run_task(program: str, task: Task, cfg: DictConfig) -> Any:
     try:
         return task(cfg)
     except Exception as error:
+        if stop := interruption(error):
+            raise stop from None
         if cfg.get("traceback"):
             os.environ[TRACEBACK] = "1"
         if os.environ.get(TRACEBACK):

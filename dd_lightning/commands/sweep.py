@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dd_lightning.commands.resolvers import NOT_COMPUTED_FROM, SWEEP_FOLDER, as_said
 from dd_lightning.system.atomic import write_json
-from dd_lightning.system.signals import Interrupted
+from dd_lightning.system.signals import Interrupted, interruption
 from dd_lightning.system.words import counted
 
 log = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, explain: Callabl
             return finished.get("value")
         log.info(f"{job}{_time_left(count - number)}: {overrides}")
         value = task(cfg)
-    except Interrupted as stop:
-        hand_back(stop)
-        raise
-    except Exception as error:
+    except (Interrupted, Exception) as error:
+        if stop := interruption(error):
+            hand_back(stop)
+            raise stop from None
         log.error(f"failed: {explain(error)}", exc_info=bool(cfg.get("traceback") or os.environ.get("DD_TRACEBACK")))
         write_json(folder / FAILED, {"overrides": overrides, "error": explain(error)})
         return float("nan")

@@ -30,6 +30,13 @@ class Interrupted(SystemExit):
         self.message = f"interrupted by {by} {message}".strip()
 
 
+def interruption(error: BaseException | None) -> Interrupted | None:
+    """The interruption that an error came of: what is cleaned up after one, anywhere, may fail."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error
+
+
 def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
     """Installs a handler for all of `SIGNALS` that are not ignored; returns the earlier handlers."""
     if threading.current_thread() is not threading.main_thread():
