@@ -50,6 +50,9 @@ REFUSED = {
     "experiment=demoo": "experiment has no option demoo; did you mean demo? (any_cifar100_10, ",
     "traner=gpu": "there is no setting traner; did you mean trainer?",
     "trainer.max_step=3": "there is no setting trainer.max_step; did you mean trainer.max_steps?",
+    "network.weights=FILE": "there is no setting network.weights of the chosen network; network=torchvision has it",
+    "callbacks.held_out=null": "callbacks.pictures.every and callbacks.resume.every: the value is that of "
+    "callbacks.held_out.every, which is not there; give callbacks.pictures.every=VALUE callbacks.resume.every=VALUE",
     "+network.widht=3": "network: SmallNet takes no setting 'widht'; leave it out with ~network.widht",
     "+objective.foo=1": "objective: Classification takes no setting 'foo'",
     "+optimizer.foo=1": "optimizer: AdamW takes no setting 'foo'; leave it out with ~optimizer.foo",

@@ -285,6 +285,13 @@ def test_stored_numbers_are_of_what_was_tested(tmp_path):
         ("use", "grid"),
         ("outer_steps", "many"),
         ("set", 3),
+        ("prefixes", 3),
+        ("prefixes", True),
+        ("prefixes", [3]),
+        ("prefixes", [{"images_per_class": 1, "networks": 2, "accuracy_mean": "high", "accuracy_std": 1.0}]),
+        ("settings", None),
+        ("seconds", "long"),
+        ("row", ["mnist"]),
     ],
 )
 def test_a_result_that_no_run_writes_is_left_out_by_name(tmp_path, caplog, part, value):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dd_lightning.system.checks import nearest
@@ -108,9 +108,27 @@ def check_resolved(cfg: DictConfig) -> None:
         try:
             value = cfg[key]
         except OmegaConfBaseException as error:
-            raise ValueError(f"{full_key}: {str(error).partition(chr(10))[0]}") from error
+            raise ValueError(unresolved(cfg, full_key, str(error).partition("\n")[0])) from error
         if isinstance(value, DictConfig):
             check_resolved(value)
+
+
+def unresolved(cfg: DictConfig, key: str, message: str) -> str:
+    """What is wrong with a value that cannot be had; one that is another setting's, such as is left out, is told so."""
+    root = cfg._get_root()
+    raw = dict(_raw_values(OmegaConf.to_container(root, resolve=False)))
+    of_another = re.fullmatch(r"\$\{([\w.]+)\}", str(raw.get(key)))
+    if of_another is None or of_another[1] in raw:
+        return f"{key}: {message}"
+    alike = [one for one, value in raw.items() if value == raw[key]]
+    given = " ".join(f"{one}=VALUE" for one in alike)
+    return f"{' and '.join(alike)}: the value is that of {of_another[1]}, which is not there; give {given}"
+
+
+def _raw_values(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}", value
+        yield from _raw_values(value, f"{prefix}{key}.")
 
 
 def with_overrides(message: str, overrides: list[str]) -> str:

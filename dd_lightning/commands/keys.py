@@ -172,3 +172,13 @@ def meant(key: str, conf: Path, config_name: str, overrides: list[str]) -> str:
         except HydraException:
             continue
     return ""
+
+
+def elsewhere(key: str, conf: Path) -> str:
+    """Which other options of its group have a setting that the chosen one has not; or nothing."""
+    group, _, name = key.partition(".")
+    files = sorted((conf / group).glob("*.yaml")) if name else []
+    having = [f"{group}={f.stem}" for f in files if name in (yaml.safe_load(f.read_text(encoding="utf-8")) or {})]
+    if not having:
+        return ""
+    return f" of the chosen {group}; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it: name one, too"

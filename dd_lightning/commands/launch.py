@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from dd_lightning.commands.errors import TRACEBACK, one_line, with_overrides
 from dd_lightning.commands.help import register_help
-from dd_lightning.commands.keys import check_dashes, check_known, meant
+from dd_lightning.commands.keys import check_dashes, check_known, elsewhere, meant
 from dd_lightning.commands.records import leave
 from dd_lightning.commands.resolvers import SWEEP_FOLDER, register, task_overrides
 from dd_lightning.commands.sweep import JOBS, run_job
@@ -95,7 +95,7 @@ def uncomposed(error: Exception, config_name: str) -> str:
     said = sys.argv[1:]
     if unknown := re.match(r"Could not override '([\w.]+)'|Key '(\w+)' is not in struct", message):
         key = unknown[1] or unknown[2]
-        message = f"there is no setting {key}{meant(key, CONF, config_name, said)}"
+        message = f"there is no setting {key}{elsewhere(key, CONF) or meant(key, CONF, config_name, said)}"
     if message.startswith("Config group override must be a string"):
         given = [o for o in said if o.endswith("=null")]
         message = f"{given[-1] if given else message} is none of the group's options"

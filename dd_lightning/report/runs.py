@@ -22,7 +22,11 @@ APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback
 APART += ("dry_run", "returned", "piece")
 
 
+NUMBER = int | float
 KINDS = {"name": str, "test": dict, "card": dict, "use": dict, "versions": dict, "outer_steps": int, "set": str}
+KINDS |= {"prefixes": list, "settings": dict, "seconds": NUMBER, "seconds_distilling": NUMBER | None}
+KINDS |= {"network": str, "stored_numbers": int | None, "row": str | None, "column": str | None}
+OF_PREFIX = {"images_per_class": int, "networks": int, "accuracy_mean": NUMBER, "accuracy_std": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,16 @@ class Run:
 
 def other_kinds(result: dict[str, Any]) -> list[str]:
     """The parts of a `result.json`, which somebody may have changed, that are of another kind than a run writes."""
-    odd = [key for key, kind in KINDS.items() if not isinstance(result.get(key, kind()), kind)]
+    odd = [key for key, kind in KINDS.items() if key in result and not isinstance(result[key], kind)]
+    if "prefixes" not in odd and not all(map(is_prefix, result.get("prefixes", ()))):
+        odd.append("prefixes")
     values = result["test"].get("accuracies") if isinstance(result["test"], dict) else None
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     return odd + ([] if numbers and values else ["test.accuracies"])
+
+
+def is_prefix(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in OF_PREFIX.items())
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
