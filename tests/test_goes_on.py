@@ -171,6 +171,15 @@ def test_the_bar_begins_where_the_run_goes_on_and_fits_a_terminal(run, monkeypat
     assert set(widths) == {1}
 
 
+def test_no_bar_where_none_is_asked_for(run, monkeypatch):
+    import pytorch_lightning as pl
+
+    made, init = [], pl.Trainer.__init__
+    monkeypatch.setattr(pl.Trainer, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0])
+    assert run("distill", *SHORT, "callbacks.progress=null")[0] == 0
+    assert [trainer.progress_bar_callback for trainer in made] == [None]
+
+
 def test_trials_and_own_runs_in_the_report(run):
     assert run("distill", *SHORT)[0] == 0
     assert run("distill", *SHORT, "name=mine")[0] == 0

@@ -12,6 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ProgressBar
 
 from dd_lightning.commands.build import build_data, build_distiller, build_loggers
 from dd_lightning.commands.dry_run import nothing_kept, tell_cost
@@ -133,9 +134,11 @@ def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, ch
     if cfg.trainer.get("max_time"):
         settings: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
         callbacks.append(TimeLimit(settings["max_time"]))
+    own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     trainer = instantiate(
         cfg.trainer,
         max_time=None,
+        **({} if own_bar else {"enable_progress_bar": False}),  # Lightning's bar knows no run that goes on
         callbacks=[SameSettings(distiller.config), *callbacks],
         logger=build_loggers(cfg, folder, step) or False,
         default_root_dir=str(folder),
