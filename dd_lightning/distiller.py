@@ -218,7 +218,10 @@ class DatasetDistiller(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("dd_config", {})
-        differing = sorted(k for k in saved.keys() | self.config.keys() if saved.get(k) != self.config.get(k))
+        content = saved.get("dataset.content"), self.config.get("dataset.content")
+        moved = {"dataset.path"} if content[0] == content[1] is not None else set()  # the same pictures elsewhere
+        compared = (saved.keys() | self.config.keys()) - moved
+        differing = sorted(k for k in compared if saved.get(k) != self.config.get(k))
         if differing:
             listed = ", ".join(f"{k} ({saved.get(k)} there, {self.config.get(k)} here)" for k in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

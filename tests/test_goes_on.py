@@ -61,6 +61,17 @@ def test_a_sweep_of_ordinary_overrides_goes_on(run, monkeypatch, resume):
     assert other not in (None, folder)  # a finished sweep is not touched
 
 
+def test_a_run_whose_data_lie_elsewhere_now_goes_on(run, monkeypatch, packed):
+    straight = run("distill", *SHORT)[2]
+    with monkeypatch.context() as patch:
+        interrupted(patch)
+        folder = run("distill", *SHORT, "name=moved")[2]
+    Path("toy.npz").rename("elsewhere.npz")
+    there = ("name=moved", "dataset.path=elsewhere.npz", f"resume={folder}")
+    assert run("distill", *SHORT, *there) == (0, "", None)
+    assert torch.equal(DistilledData.load(folder).images, DistilledData.load(straight).images)
+
+
 def test_a_run_that_was_new_goes_on_without_saying_so(run, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted(patch)
