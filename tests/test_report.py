@@ -300,3 +300,15 @@ def test_a_result_that_no_run_writes_is_left_out_by_name(tmp_path, caplog, part,
     path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
     assert [run.folder for run in find_runs([tmp_path])] == [kept]
     assert f"{path} is left out: {part}" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["config", "overrides"])
+@pytest.mark.parametrize("content", ["[", "3"])
+def test_a_record_that_is_none_is_named(tmp_path, file, content):
+    folder = write_run(tmp_path / "odd", [60.0])
+    path = folder / ".hydra" / f"{file}.yaml"
+    path.write_text(content)
+    (run,) = find_runs([tmp_path])
+    with pytest.raises(ValueError, match="is not what a run writes") as error:
+        _ = run.config, run.overrides
+    assert str(path) in str(error.value)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from dd_lightning.distilled import DistilledData
 
@@ -98,14 +99,11 @@ class Run:
     @cached_property
     def overrides(self) -> list[str]:
         """What the command line said."""
-        path = self.folder / ".hydra" / "overrides.yaml"
-        return [str(o) for o in OmegaConf.load(path)] if path.is_file() else []
+        return [str(o) for o in record(self.folder / ".hydra" / "overrides.yaml", list)]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        path = self.folder / ".hydra" / "config.yaml"
-        config: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-        return config
+        return record(self.folder / ".hydra" / "config.yaml", dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,6 +126,21 @@ class Run:
     def setting(self, key: str) -> Any:
         """A setting by its dotted name, such as a card of data says it; None where there is none."""
         return OmegaConf.select(OmegaConf.create(self.config | self.result.get("settings", {})), key)
+
+
+def record(path: Path, kind: type) -> Any:
+    """What Hydra wrote of a run; nothing where there is no such file.
+
+    Raises:
+        ValueError: it is of another kind; the message names it.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+    except (OSError, YAMLError) as error:
+        raise ValueError(f"{path} is not what a run writes") from error
+    if not isinstance(content or kind(), kind):
+        raise ValueError(f"{path} is not what a run writes")
+    return content or kind()
 
 
 def other_kinds(result: dict[str, Any]) -> list[str]:
