@@ -1,5 +1,6 @@
 """Baseline images, the grid and K-NN against closed forms and a plain loop."""
 
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SmallNet
+from hydra import compose, initialize_config_dir
 from torch import nn
 
-from dd_lightning.data import Packed, Pictures, RealData
+import dd_lightning.evaluation.knn as knn_module
+import dd_lightning.sources.sets as sets_module
+from dd_lightning.commands.launch import CONF
+from dd_lightning.data import Packed, Pictures, Preprocessing, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation import Evaluation, FewShotAdaptation, Grid, KNearestNeighbours, Learner, Training
 from dd_lightning.evaluation.adaptation import NoAdaptation
@@ -249,7 +254,78 @@ def test_optimised_sets_are_the_best_on_training_pictures(evaluation):
         for one in sets.members
     ]
     expected = [sets.members[i] for i in sorted(np.argsort(scores)[::-1][:2])]
-    assert [id(one) for one in kept] == [id(one) for one in expected]
+    assert len(kept) == len(expected)
+    assert all(torch.equal(one.images, other.images) for one, other in zip(kept, expected, strict=True))
+
+
+@pytest.mark.parametrize("use", [Training(), Grid([0.1, "learned"], [1, 2], outer_steps=3)])
+def test_memory_holds_one_candidate_at_a_time(evaluation, monkeypatch, use):
+    alive, most = set(), []
+
+    def counted(*args):
+        images = true(*args)
+        alive.add(id(images))
+        weakref.finalize(images, alive.discard, id(images))
+        most.append(len(alive))
+        return images
+
+    true = sets_module.real_images
+    monkeypatch.setattr(sets_module, "real_images", counted)
+    sets = random_real(evaluation.data, steps=2, sets=9, keep=6)
+    assert not most
+    outcome = use(evaluation, sets)
+    assert len(outcome.sets) == 6
+    assert max(most) <= 2  # the next one is made before the last is let go
+
+
+def test_pictures_are_real_numbers_a_few_at_a_time(evaluation, monkeypatch):
+    data, most = evaluation.data, []
+    sets = random_real(data, steps=2, sets=1)
+    at_once = [average_real(data).members[0].images, KNearestNeighbours()(evaluation, sets).result.accuracies]
+    true = Preprocessing.__call__
+    monkeypatch.setattr(Preprocessing, "__call__", lambda self, images: most.append(len(images)) or true(self, images))
+    monkeypatch.setattr(sets_module, "PIECE", 5)
+    monkeypatch.setattr(knn_module, "PIECE", 5)
+    in_pieces = [average_real(data).members[0].images, KNearestNeighbours()(evaluation, sets).result.accuracies]
+    assert max(most) <= 5
+    torch.testing.assert_close(in_pieces, at_once)
+    kmeans(data, steps=1, sets=2)
+    assert max(most) == data.train.labels.bincount().max()
+
+
+@pytest.fixture
+def mirrored(packed):
+    """Real data whose training pictures are mirrored and moved at random."""
+    result = RealData(Packed(str(packed(size=6)), validation=12, flip=True, crop_padding=1), batch_size=16)
+    result.setup()
+    return result
+
+
+def test_baselines_may_be_of_pictures_as_training_sees_them(mirrored):
+    seen = [mirrored.minibatch(step) for step in range(mirrored.batches_per_epoch)]
+    images, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    (average,) = average_real(mirrored, steps=1, augmented=True).members
+    for label in range(3):
+        torch.testing.assert_close(average.images[0, label], images[labels == label].mean(0))
+    whole = mirrored.preprocessing(mirrored.train.images)
+    padded = F.pad(whole, (1, 1, 1, 1), mode="reflect")
+    moved = [padded[:, :, top : top + 6, left : left + 6] for top, left in product(range(3), range(3))]
+    ways = torch.cat([*moved, *(part.flip(3) for part in moved)])
+    sets = random_real(mirrored, steps=4, sets=3, augmented=True).members
+    drawn = torch.cat([one.images.flatten(0, 1) for one in sets])
+    assert all(is_one_of(image, ways) for image in drawn)
+    assert not all(is_one_of(image, whole) for image in drawn)
+    assert torch.equal(sets[1].images, sets[1].images)
+    with pytest.raises(ValueError, match="augmented must be true or false, not 'yes'"):
+        random_real(mirrored, augmented="yes")  # type: ignore[arg-type]
+
+
+def test_baselines_of_photographs_are_crops_and_of_others_whole_pictures():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for row, augmented in (("voc", True), ("cub", True), ("mnist", False), ("cifar10", False)):
+            for column in ("random_real", "optimized_real", "average_real"):
+                distilled = compose("evaluate", [f"row={row}", f"column={column}"]).distilled
+                assert distilled.augmented is augmented
 
 
 @pytest.mark.parametrize("wrong", [{"learning_rates": []}, {"learning_rates": [0.1, 0.1]}, {"learning_rates": [-1]}])

@@ -105,6 +105,12 @@ class RealData(pl.LightningDataModule):
             return self.finished(cut_pictures(self.stored.store, self.cuts(step)), step)
         return self.finished(self.augment(self.train[self.chosen(step)].images, step), step)
 
+    def augmented(self, chosen: Int[Tensor, " n"], random: torch.Generator) -> UInt8[Tensor, "n c h w"]:
+        """These training pictures, changed as an outer step would change them."""
+        if self.dataset.random_resized_crop is not None:
+            return cut_pictures(self.stored.store, self._cuts(chosen, random))
+        return self._augment(self.train[chosen].images, random)
+
     def chosen(self, step: int) -> Int[Tensor, " batch"]:
         """The training pictures of outer step `step`."""
         epoch, position = divmod(step, self.batches_per_epoch)
@@ -124,7 +130,10 @@ class RealData(pl.LightningDataModule):
 
     def cuts(self, step: int) -> list[Cut]:
         """The random parts of training pictures that outer step `step` sees."""
-        rows, random = self.stored.rows[self.chosen(step)], generator(self.seed, Stream.AUGMENTATION, step)
+        return self._cuts(self.chosen(step), generator(self.seed, Stream.AUGMENTATION, step))
+
+    def _cuts(self, chosen: Int[Tensor, " n"], random: torch.Generator) -> list[Cut]:
+        rows = self.stored.rows[chosen]
         assert self.dataset.random_resized_crop is not None
         boxes = random_boxes(self.stored.store.sizes[rows], self.dataset.random_resized_crop, random)
         mirrored = torch.rand(len(rows), generator=random).lt(0.5 if self.dataset.flip else 0)
@@ -142,7 +151,9 @@ class RealData(pl.LightningDataModule):
 
     def augment(self, images: UInt8[Tensor, "batch c h w"], step: int) -> UInt8[Tensor, "batch c h w"]:
         """The pictures as outer step `step` sees them."""
-        random = generator(self.seed, Stream.AUGMENTATION, step)
+        return self._augment(images, generator(self.seed, Stream.AUGMENTATION, step))
+
+    def _augment(self, images: UInt8[Tensor, "n c h w"], random: torch.Generator) -> UInt8[Tensor, "n c h w"]:
         if self.dataset.crop_padding:
             images = random_crop(images, self.dataset.crop_padding, random)
         if self.dataset.flip:

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from dd_lightning.data.packed import Arrays, load_packed, save_packed
 from dd_lightning.data.pictures import Pictures, Preprocessing
-from dd_lightning.system.checks import check_count, check_name, check_whole
+from dd_lightning.system.checks import check_bool, check_count, check_name, check_whole
 from dd_lightning.system.locking import locked
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.words import counted
@@ -74,8 +74,7 @@ class ImageDataset(ABC):
         if num_classes is not None:
             check_count(num_classes=num_classes)
         check_whole(border=border, crop_padding=crop_padding)
-        if not isinstance(flip, bool):
-            raise ValueError(f"flip must be true or false, not {flip!r}")
+        check_bool(flip=flip)
         if any(v is not None and (isinstance(v, str) or not isinstance(v, Sequence) or not v) for v in (mean, std)):
             raise ValueError(f"mean and std must be lists, such as [0.5], not {mean} and {std}")
         if (mean is None) != (std is None):

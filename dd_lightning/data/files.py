@@ -18,7 +18,7 @@ from dd_lightning.data.loading import usual_workers
 from dd_lightning.data.pictures import Pictures, Preprocessing
 from dd_lightning.data.store import Form, Source, Store, StoredPictures, kept_content, key_of
 from dd_lightning.system.atomic import write_json
-from dd_lightning.system.checks import check_count, check_positive, check_whole
+from dd_lightning.system.checks import check_bool, check_count, check_positive, check_whole
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.words import counted
 
@@ -80,8 +80,7 @@ class PictureFiles(ImageDataset):
         check_positive(cache_gb=cache_gb)
         if workers is not None:
             check_whole(workers=workers)
-        if not isinstance(skip_broken, bool):
-            raise ValueError(f"skip_broken must be true or false, not {skip_broken!r}")
+        check_bool(skip_broken=skip_broken)
         super().__init__(name, channels=channels, image_size=image_size, **form)
         self.random_resized_crop = None if random_resized_crop is None else _shares(random_resized_crop)
         self.skip_broken, self.workers = skip_broken, usual_workers() if workers is None else workers

@@ -41,7 +41,11 @@ class Contender:
 
 
 def contenders(
-    evaluation: Evaluation, members: list[DistilledData], controls: Sequence[str], protocol: Protocol, whole: Protocol
+    evaluation: Evaluation,
+    members: Sequence[DistilledData],
+    controls: Sequence[str],
+    protocol: Protocol,
+    whole: Protocol,
 ) -> dict[str, Contender]:
     """The data and the controls asked for, by name.
 

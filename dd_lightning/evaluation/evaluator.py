@@ -16,6 +16,7 @@ from dd_lightning.evaluation.heldout import HeldOutResult, count_choosing, judge
 from dd_lightning.init import Init
 from dd_lightning.networks import Weights, confusion, stack
 from dd_lightning.objectives import Measures, Objective
+from dd_lightning.sources import Each
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.words import counted
 from dd_lightning.system.workers import Result, Workers
@@ -112,7 +113,7 @@ class Evaluation:
     def best(self, sets: Sequence[DistilledData], keep: int | None) -> "Best":
         """The `keep` best sets: on 20 networks for validation and 1,024 training pictures (Section S-1)."""
         if keep is None or keep >= len(sets):
-            return Best(list(sets))
+            return Best(sets)
         networks = count_choosing(self.learner.init, SCORED, "the sets")
         train, stream = self.data.train, Stream.HELD_OUT_VALIDATION
         chosen = torch.randperm(len(train), generator=generator(0, Stream.BASELINE))[:SCORE_PICTURES]
@@ -122,7 +123,7 @@ class Evaluation:
         pieces = {f"networks{part.start}": (self.learner, sets, part, *common) for part in parts}
         results = self.workers.map("choosing sets", judge_sets, pieces)
         means = [held_out_result({"": _of_set(i, results)}).mean for i in range(len(sets))]
-        kept = [sets[i] for i in sorted(np.argsort(means)[::-1][:keep])]
+        kept = Each(sets.__getitem__, sorted(np.argsort(means)[::-1][:keep].tolist()))
         chose = {"of": len(sets), "networks": networks, "training_pictures": len(pictures)}
         return Best(kept, networks, {"sets_chosen": chose})
 
@@ -136,7 +137,7 @@ class Best:
         details: who chose them, for `result.json`.
     """
 
-    sets: list[DistilledData]
+    sets: Sequence[DistilledData]
     chose: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -155,7 +156,7 @@ class Outcome:
 
     result: HeldOutResult
     details: dict[str, Any]
-    sets: list[DistilledData]
+    sets: Sequence[DistilledData]
     networks: int | None
     networks_chose: int | None = None
 
@@ -231,7 +232,7 @@ def _of_set(index: int, results: dict[str, Result]) -> Result:
 def measures_along(
     learner: Learner,
     schedules: Sequence[Schedule],
-    distilled: DistilledData,
+    sets: Sequence[DistilledData],
     part: slice,
     networks: int,
     stream: Stream,
@@ -239,11 +240,15 @@ def measures_along(
 ) -> Result:
     """Unseen networks judged after each tested number of epochs of every schedule, on several pictures.
 
+    Args:
+        sets: one, to be made by the process that uses it.
+
     Returns:
         Each measure in %, [combination, pictures, network].
     """
     theta_0 = stack(list(learner.held_out(networks, stream, part)))
-    distilled, steps = distilled.to(parts_of_pictures[0].labels.device), len(distilled.images)
+    distilled = sets[0].to(parts_of_pictures[0].labels.device)
+    steps = len(distilled.images)
     points: list[Measures] = []
     for schedule in schedules:
         after = {epochs * steps for epochs in schedule.tested}

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from dd_lightning.distilled import DistilledData, softplus_inverse
 from dd_lightning.evaluation.evaluator import CHUNK, SCORED, Evaluation, Outcome, Schedule, measures_along
 from dd_lightning.evaluation.heldout import count_choosing
 from dd_lightning.evaluation.learning_rates import learn_rates
-from dd_lightning.sources import Sets
+from dd_lightning.sources import Each, Sets
 from dd_lightning.system.checks import check_count, check_positive
 from dd_lightning.system.seeding import Stream, generator
 from dd_lightning.system.workers import Result
@@ -81,7 +83,7 @@ class Grid:
         names = [{"learning_rate": schedule.learning_rate, "epochs": epochs} for schedule, epochs in combinations]
         chosen, details = choice(names, validation, test, self.least_attack_share)
         schedule, epochs = combinations[chosen]
-        kept = evaluation.best([schedule.of(one, epochs) for one in sets.members], sets.keep)
+        kept = evaluation.best(Each(partial(schedule.of, epochs=epochs), sets.members), sets.keep)
         result = evaluation.test(kept.sets)
         networks = max(part.stop for part, _ in pairs)
         details |= {
@@ -106,7 +108,7 @@ class Grid:
             common = (learner.network, learner.init, learner.unroll, learner.objective, evaluation.data)
             pieces = {
                 f"epochs{epochs}": (
-                    [one.of_epochs(epochs) for one in sets],
+                    Each(methodcaller("of_epochs", epochs), sets),
                     *common,
                     self.outer_steps,
                     self.step_size,
@@ -133,7 +135,12 @@ class Grid:
         for i, (part, index) in enumerate(pairs):
             shares = [share(p, i, self.pictures) for p in (evaluation.data.validation, evaluation.data.test)]
             common = (part, evaluation.networks, Stream.HELD_OUT_VALIDATION, shares)
-            pieces[f"networks{part.start}_set{index}"] = (evaluation.learner, schedules, sets[index], *common)
+            pieces[f"networks{part.start}_set{index}"] = (
+                evaluation.learner,
+                schedules,
+                sets[index : index + 1],
+                *common,
+            )
         results = evaluation.workers.map("comparing", measures_along, pieces)
         names = list(next(iter(results.values())))
         means = {name: np.concatenate([r[name] for r in results.values()], axis=2).mean(2) for name in names}

@@ -1,5 +1,6 @@
 """Learning rates alone, by the outer loop that learns images (Algorithm 1)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from dd_lightning.unroll import Draws, Unroll
 
 
 def learn_rates(
-    sets: list[DistilledData],
+    sets: Sequence[DistilledData],
     network: nn.Module,
     init: Init,
     unroll: Unroll,
@@ -34,14 +35,14 @@ def learn_rates(
         `raw`, [epoch, step]: the learning rates before the softplus, their mean over the second half of the outer
         steps. The best rates lie close to those that diverge, where a single network can throw the last ones off.
     """
-    sets = [one.to(data.train.labels.device) for one in sets]
-    raw = sets[0].raw_learning_rates.clone().requires_grad_()
+    device = data.train.labels.device
+    raw = sets[0].raw_learning_rates.to(device, copy=True).requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=step_size, betas=(0.5, 0.999))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, outer_steps)
     late = []
     for step in range(outer_steps):
         images, labels = data.minibatch(step)  # x_t, line 3
-        distilled = replace(sets[step % len(sets)], raw_learning_rates=raw)
+        distilled = replace(sets[step % len(sets)].to(device), raw_learning_rates=raw)
         theta_T = unroll(network, init.sample(network, step), distilled.steps(Draws(0, (step,))))  # line 6
         loss = objective(predict(network, theta_T, images), labels)  # line 7
         if not torch.isfinite(loss):

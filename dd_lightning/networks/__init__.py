@@ -3,7 +3,7 @@
 from dd_lightning.networks.alexcifarnet import AlexCifarNet
 from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.check import check_network
-from dd_lightning.networks.code import code_of
+from dd_lightning.networks.code import origin_of
 from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
 from dd_lightning.networks.convnet import ConvNet
 from dd_lightning.networks.fitting import completed, differences, digest_of, load_weights
@@ -50,7 +50,6 @@ __all__ = [
     "channels_last",
     "check_network",
     "class_name",
-    "code_of",
     "completed",
     "concatenated",
     "confusion",
@@ -62,6 +61,7 @@ __all__ = [
     "frozen",
     "load_weights",
     "memory_format",
+    "origin_of",
     "percent",
     "predict",
     "run_with",

@@ -1,4 +1,4 @@
-"""Where the code of a network lies, for those who get data that were made for it."""
+"""Where a network comes from, for those who get data that were made for it."""
 
 import hashlib
 import inspect
@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from dd_lightning.networks.torchvision import TorchvisionNetwork
 
-def code_of(network: nn.Module) -> dict[str, Any]:
-    """The file of a user's own network and a hash of it; nothing of the networks of this package."""
+
+def origin_of(network: nn.Module) -> dict[str, Any]:
+    """The file of a user's own network and a hash of it; of torchvision's which weights it brings, of a file its name
+    alone; nothing of the networks of this package."""
     kind = type(network)
+    if isinstance(network, TorchvisionNetwork):
+        return {"weights": network.weights}
     try:
         file = Path(inspect.getfile(kind)).resolve()
         content = file.read_bytes()

@@ -33,6 +33,7 @@ class TorchvisionNetwork(nn.Module):
 
     Attributes:
         head: the name of the last layer.
+        weights: `default`, or the name of the file; None where they were drawn.
         source: which weights these are, in words; None where they were drawn.
         content: a hash of all weights but the last layer's; None where they were drawn.
 
@@ -66,7 +67,8 @@ class TorchvisionNetwork(nn.Module):
             self.module.transform_input = True  # type: ignore[assignment]
         self.module.set_submodule(head, _new_head(self.module.get_submodule(head), num_classes))
         self.head = f"module.{head}"
-        self.source = None if weights is None else f"{name} with weights {weights}"
+        self.weights = None if weights is None else Path(weights).name  # what is said of them travels with data
+        self.source = None if weights is None else f"{name} with weights {self.weights}"
         self.content = None if weights is None else digest_of(self, without=self.of_head)
         self.train()
         _check_size(self, name, image_size)
@@ -143,7 +145,7 @@ def _load(network: nn.Module, head: str, path: Path, name: str) -> None:
         ValueError: it is no state dictionary, or one of another network.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights at {path}")
+        raise FileNotFoundError(f"there is no file of weights at {path}; say where it is: network.weights=FILE")
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)

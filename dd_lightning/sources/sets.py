@@ -1,8 +1,9 @@
 """Baseline images as distilled data: real images, cluster centroids, class means (Section S-1)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,36 @@ from rich import get_console
 from rich.progress import track
 from torch import Tensor
 
-from dd_lightning.data import RealData
+from dd_lightning.data import Batch, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.objectives import Objective
-from dd_lightning.sources.starts import class_labels, learned, real_images
-from dd_lightning.system.checks import check_count
+from dd_lightning.sources.starts import check_enough, class_labels, learned, real_images
+from dd_lightning.system.checks import check_bool, check_count
 from dd_lightning.system.seeding import Stream, derive_seed, generator
+
+PIECE = 256  # pictures that are real numbers at once
+
+
+class Each(Sequence[DistilledData]):
+    """Sets that are made when they are looked at, anew each time: memory holds one.
+
+    Args:
+        make: a set from a member; such that it can be pickled.
+        members: numbers of sets, or sets that are changed.
+    """
+
+    def __init__(self, make: Callable[[Any], DistilledData], members: Sequence[Any]) -> None:
+        self.make, self.members = make, members
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: Any) -> Any:
+        members = self.members[index]
+        return Each(self.make, members) if isinstance(index, slice) else self.make(members)
+
+    def __iter__(self) -> Iterator[DistilledData]:
+        return map(self.make, self.members)
 
 
 @dataclass(frozen=True)
@@ -28,7 +53,7 @@ class Sets:
         keep: how many of them an evaluation keeps, the best on training pictures; None is all.
     """
 
-    members: list[DistilledData]
+    members: Sequence[DistilledData]
     keep: int | None = None
 
     @property
@@ -42,7 +67,11 @@ class Sets:
 
     def relabelled(self, objective: Objective) -> "Sets":
         """The same images with the labels of the objective: those that poisoning modifies (Section 4.2)."""
-        return replace(self, members=[replace(one, labels=objective.wanted(one.labels)) for one in self.members])
+        return replace(self, members=Each(partial(_relabelled, objective), self.members))
+
+
+def _relabelled(objective: Objective, one: DistilledData) -> DistilledData:
+    return replace(one, labels=objective.wanted(one.labels))
 
 
 def random_real(
@@ -53,22 +82,34 @@ def random_real(
     learning_rate: float | Sequence[float] = 0.02,
     sets: int = 10,
     keep: int | None = None,
+    augmented: bool = False,
     seed: int = 0,
 ) -> Sets:
     """Sets of random real training images. With `keep` they are the candidates of "optimized real images".
+
+    Args:
+        augmented: as they are for training.
 
     Raises:
         ValueError: a count below 1, more sets to keep than there are, a learning rate that is not positive, or fewer
             real images of a class than asked for.
     """
     check_count(sets=sets)
+    check_bool(augmented=augmented)
     if keep is not None:
         check_count(keep=keep)
         if keep > sets:
             raise ValueError(f"keep={keep}, but there are only sets={sets}")
     labels = class_labels(data, steps, images_per_class)
-    images = [real_images(data, labels, generator(seed, Stream.BASELINE, index)) for index in range(sets)]
-    return Sets([DistilledData.create(x, labels, epochs, learning_rate) for x in images], keep)
+    check_enough(data, labels)
+    blank = torch.empty((steps, 0))
+    start = DistilledData.create(blank, labels, epochs, learning_rate)  # checks the settings before the work
+    return Sets(Each(partial(_random_set, data, start, augmented, seed), range(sets)), keep)
+
+
+def _random_set(data: RealData, start: DistilledData, augmented: bool, seed: int, index: int) -> DistilledData:
+    random = generator(seed, Stream.BASELINE, index)
+    return replace(start, images=real_images(data, start.labels, random, augmented))
 
 
 def random_subsets(data: RealData, path: str | None, images_per_class: int = 1, sets: int = 5, seed: int = 0) -> Sets:
@@ -106,18 +147,18 @@ def kmeans(
     labels = class_labels(data, steps, images_per_class)
     blank = torch.empty((*labels.shape, *data.preprocessing.image_shape))
     start = DistilledData.create(blank, labels, epochs, learning_rate)  # checks the settings before the work
-    of_class = [data.preprocessing(data.train.images[data.train.labels == k]).cpu() for k in range(data.num_classes)]
     clusters = steps * images_per_class
-    for label, pictures in enumerate(of_class):
-        if len(pictures) < clusters:
+    for label, count in enumerate(torch.bincount(data.train.labels, minlength=data.num_classes).tolist()):
+        if count < clusters:
             name = data.name_of(label)
-            raise ValueError(f"class {name} has {len(pictures)} training images, too few for {clusters} clusters")
-    members = []
-    for index in track(range(sets), description="k-means", console=get_console(), transient=True):
-        images = torch.empty_like(start.images)
-        for label, pictures in enumerate(of_class):
-            images[labels == label] = _centroids(pictures, clusters, derive_seed(seed, Stream.BASELINE, index, label))
-        members.append(replace(start, images=images))
+            raise ValueError(f"class {name} has {count} training images, too few for {clusters} clusters")
+    members = [replace(start, images=torch.empty_like(start.images)) for _ in range(sets)]
+    # Class by class: of all pictures, memory holds those of one as real numbers.
+    for label in track(range(data.num_classes), description="k-means", console=get_console(), transient=True):
+        pictures = data.preprocessing(data.train[data.train.labels == label].images).cpu()
+        for index, one in enumerate(members):
+            own = derive_seed(seed, Stream.BASELINE, index, label)
+            one.images[labels == label] = _centroids(pictures, clusters, own)
     return Sets(members)
 
 
@@ -130,17 +171,36 @@ def _centroids(pictures: Float[Tensor, "n c h w"], clusters: int, seed: int) -> 
 
 
 def average_real(
-    data: RealData, steps: int = 10, epochs: int = 3, learning_rate: float | Sequence[float] = 0.02
+    data: RealData,
+    steps: int = 10,
+    epochs: int = 3,
+    learning_rate: float | Sequence[float] = 0.02,
+    augmented: bool = False,
 ) -> Sets:
     """The mean training image of each class, reused in every GD step.
+
+    Args:
+        augmented: as they are for training, in one epoch.
 
     Raises:
         ValueError: a count below 1, or a learning rate that is not positive.
     """
     labels = class_labels(data, steps)
-    means = [data.preprocessing(data.train.images[data.train.labels == k]).mean(0) for k in range(data.num_classes)]
-    images = torch.stack(means).cpu().expand(steps, -1, -1, -1, -1).contiguous()
+    check_bool(augmented=augmented)
+    total = torch.zeros((data.num_classes, *data.preprocessing.image_shape), dtype=torch.float64)
+    for pictures, of_pictures in data.minibatches(0, data.batches_per_epoch) if augmented else _in_pieces(data):
+        for label in of_pictures.unique().tolist():
+            total[label] += pictures[of_pictures == label].sum(0, dtype=torch.float64).cpu()
+    count = torch.bincount(data.train.labels, minlength=data.num_classes).cpu()
+    images = (total / count[:, None, None, None]).float().expand(steps, -1, -1, -1, -1).contiguous()
     return Sets([DistilledData.create(images, labels, epochs, learning_rate)])
+
+
+def _in_pieces(data: RealData) -> Iterator[Batch]:
+    """All training pictures, as they are."""
+    for start in range(0, len(data.train), PIECE):
+        part = data.train[start : start + PIECE]
+        yield data.preprocessing(part.images.to(part.labels.device)), part.labels
 
 
 def no_images(data: RealData) -> Sets:

@@ -31,25 +31,35 @@ def class_labels(
     return torch.tensor(chosen).repeat(images_per_class).expand(steps, -1).contiguous()
 
 
+def check_enough(data: RealData, labels: Int[Tensor, "step batch"]) -> None:
+    """Raises a ValueError where there are fewer training images of a class than in `labels`."""
+    there, asked = (torch.bincount(x.flatten().cpu(), minlength=data.num_classes) for x in (data.train.labels, labels))
+    if lacking := (there < asked).nonzero().flatten().tolist():
+        label = lacking[0]
+        raise ValueError(
+            f"class {data.name_of(label)} has {there[label]} training images, but {asked[label]} were asked for"
+        )
+
+
 def real_images(
-    data: RealData, labels: Int[Tensor, "step batch"], random: torch.Generator
+    data: RealData, labels: Int[Tensor, "step batch"], random: torch.Generator, augmented: bool = False
 ) -> Float[Tensor, "step batch c h w"]:
     """Different random training images of the classes in `labels`.
+
+    Args:
+        augmented: as for training.
 
     Raises:
         ValueError: fewer real images of a class than asked for.
     """
+    check_enough(data, labels)
     images = torch.empty((*labels.shape, *data.preprocessing.image_shape))
     for label in range(data.num_classes):
-        members = (data.train.labels == label).nonzero().flatten()
+        members = (data.train.labels == label).nonzero().flatten().cpu()
         places = labels == label
-        if len(members) < places.sum():
-            raise ValueError(
-                f"class {data.name_of(label)} has {len(members)} training images, but {int(places.sum())} were asked "
-                "for"
-            )
         chosen = members[torch.randperm(len(members), generator=random)[: int(places.sum())]]
-        images[places] = data.preprocessing(data.train.images[chosen])
+        pictures = data.augmented(chosen, random) if augmented else data.train[chosen].images
+        images[places] = data.preprocessing(pictures).cpu()
     return images
 
 

@@ -29,6 +29,17 @@ def check_whole(**values: object) -> None:
             raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
 
 
+def check_bool(**values: object) -> None:
+    """Each value must be true or false.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {value!r}")
+
+
 def check_threads(threads: object) -> None:
     """Torch crashes where it cannot start as many as it is told to.
 
