@@ -259,7 +259,7 @@ def test_data_name_the_weights_that_they_start_from_and_keep_the_last_layer_alon
     init = FixedPretrainedInit(None, head="random")
     kept, others = init.kept(network)
     assert set(kept) == network.of_head
-    assert others["of"] == f"small_alexnet with weights {path}"
+    assert others["of"] == f"small_alexnet with weights {path.name}"
     data = DistilledData(data.images, data.labels, data.raw_learning_rates, {OTHERS: others}, kept)
     data.save(tmp_path / "distilled.safetensors")
     loaded = DistilledData.load(tmp_path)
@@ -320,6 +320,23 @@ def test_data_of_a_run_say_which_weights_they_are_for(run, photos, tmp_path):
     assert code == 1
     assert "from squeezenet1_1 with weights squeezenet1_1.safetensors, and this network has other weights" in error
     assert error.count("\n") <= 1
+
+
+def test_data_name_the_file_of_weights_and_no_folder(run, photos, tmp_path):
+    elsewhere = tmp_path / "of the owner"
+    elsewhere.mkdir()
+    Path("squeezenet1_1.safetensors").rename(elsewhere / "squeezenet1_1.safetensors")
+    where = f"network.weights='{elsewhere}/squeezenet1_1.safetensors'"
+    code, error, folder = run("distill", *photos, *SHORT, where)
+    assert (code, error) == (0, "")
+    assert DistilledData.load(folder).card["network"]["weights"] == "squeezenet1_1.safetensors"
+    assert b"of the owner" not in (folder / "distilled.safetensors").read_bytes()
+    code, error, _ = run("evaluate", f"distilled.path={folder}", "use.controls=[]")
+    assert code == 1
+    assert (
+        "no file of weights at squeezenet1_1.safetensors; say where it is: network=torchvision network.name=" in error
+    )
+    assert run("evaluate", f"distilled.path={folder}", "use.controls=[]", *photos[3:5], where)[:2] == (0, "")
 
 
 def test_a_run_goes_on_with_the_same_weights_alone(run, photos):

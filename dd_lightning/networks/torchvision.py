@@ -145,7 +145,10 @@ def _load(network: nn.Module, head: str, path: Path, name: str) -> None:
         ValueError: it is no state dictionary, or one of another network.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights at {path}; say where it is: network.weights=FILE")
+        raise FileNotFoundError(
+            f"there is no file of weights at {path}; say where it is: network=torchvision network.name={name} "
+            "network.weights=FILE"
+        )
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
