@@ -49,8 +49,8 @@ class Downloaded(PictureFiles):
             self.fetch(incoming)
         except Exception as error:  # of a connection, or an archive that is not the published one
             raise FileNotFoundError(
-                f"data set {self.name} could not be downloaded ({' '.join(str(error).split())}); put "
-                f"{' and '.join(self.archives)} into {incoming}, and the same command unpacks them"
+                f"data set {self.name} could not be downloaded and unpacked ({' '.join(str(error).split())}); put "
+                f"{' and '.join(self.archives)} into {incoming}, and the same command goes on"
             ) from error
 
     @abstractmethod
