@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, UInt8
@@ -22,8 +22,7 @@ FORMAT = "dd_lightning.pictures/1"
 ON_DEVICE = 2**30  # bytes of pictures that a device takes as a whole
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A picture: a file, or a part of one."""
 
     path: Path
