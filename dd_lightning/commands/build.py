@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dd_lightning.distiller import DatasetDistiller
 from dd_lightning.init import FixedPretrainedInit, Init, RandomPretrainedInit
 from dd_lightning.networks import TorchvisionNetwork, check_network, origin_of
 from dd_lightning.objectives import Objective
-from dd_lightning.sources import Each, Sets
+from dd_lightning.sources import Sets
 from dd_lightning.system.processor import versions
 from dd_lightning.training.loggers import make_logger
 from dd_lightning.unroll import InnerOptimizer
@@ -90,7 +89,7 @@ def build_sets(cfg: DictConfig, data: RealData, objective: Objective | None = No
     if cfg.distilled.get("path") and cfg.distilled.get("images_per_class"):  # of a larger set
         order = order.of_fewer(cfg.distilled.images_per_class)
     used = {"order": order, "augment": augment, "whitening": data.preprocessing.whitening}
-    sets = replace(sets, members=Each(partial(replace, **used), sets.members))
+    sets = sets.used(**used)
     for one in sets.members[:1]:
         order.check(one.images, one.labels, len(one.raw_learning_rates))
     return sets if objective is None or not isinstance(made, Sets) else sets.relabelled(objective)

@@ -69,9 +69,17 @@ class Sets:
         """The same images with the labels of the objective: those that poisoning modifies (Section 4.2)."""
         return replace(self, members=Each(partial(_relabelled, objective), self.members))
 
+    def used(self, **how: Any) -> "Sets":
+        """The same images with another order, augmentation or whitening."""
+        return replace(self, members=Each(partial(_used, how), self.members))
+
 
 def _relabelled(objective: Objective, one: DistilledData) -> DistilledData:
     return replace(one, labels=objective.wanted(one.labels))
+
+
+def _used(how: dict[str, Any], one: DistilledData) -> DistilledData:
+    return replace(one, **how)
 
 
 def random_real(
