@@ -609,6 +609,17 @@ def test_weights_that_the_forward_does_not_use_stay_as_they_are(engine, traced):
         assert (one - other).norm() <= 1e-8 * other.norm()
 
 
+def test_the_gradient_of_a_rate_keeps_its_digits_in_large_layers():
+    """Its sum is of as many products as there are weights: most of them small, beside a few large ones."""
+    random = torch.Generator().manual_seed(0)
+    gradient = torch.rand(2**23, generator=random) ** 8
+    weights = {"large": gradient[None], "small": torch.ones(1, 3)}
+    adjoint = {name: torch.ones_like(value) for name, value in weights.items()}
+    found = GradientDescent().reverse((weights, weights, {}), torch.tensor(0.1), adjoint, {})[-1]
+    expected = -(sum(part.double().sum() for part in gradient.split(2**16)) + 3)
+    assert abs(found.double() / expected - 1) < 2e-5
+
+
 @pytest.mark.parametrize("optimizer", [Momentum(0.8), Adam((0.8, 0.9), eps=1e-12)])
 def test_inner_optimizers_are_those_of_torch(optimizer):
     network, theta_0, data, _ = problem(SmallNet(), (1, 6, 6), 3, per_step=1, learning_rate=0.05)

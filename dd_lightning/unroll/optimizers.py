@@ -12,6 +12,7 @@ from dd_lightning.system.checks import check_betas, check_positive
 
 State = dict[str, Tensor]  # tensors of the optimizer, beside the weights; of many networks stacked as these are
 COUNTER = "step"  # of the inner steps that each network took, in a state
+LONG = 2**18  # products that are summed in one go: of more, as AlexNet's layers have, a sum in float32 loses digits
 Before = tuple[Weights, Weights, State]  # θ, ∇ℓ and the optimizer's state before a step
 
 
@@ -88,7 +89,11 @@ class GradientDescent(InnerOptimizer):
     def reverse(self, before: Before, learning_rate: Tensor, adjoint: Weights, state_adjoint: State) -> Reversed:
         # In closed form, because large weights are bound by memory: nothing is written here.
         _, gradient, _ = before
-        products = [torch.dot(gradient[name].flatten(), value.flatten()) for name, value in adjoint.items()]
+        pieces = (
+            zip(gradient[name].flatten().split(LONG), value.flatten().split(LONG), strict=True)
+            for name, value in adjoint.items()
+        )
+        products = [torch.dot(one, other) for of_weight in pieces for one, other in of_weight]
         return Reversed(adjoint, adjoint, -learning_rate, {}, -torch.stack(products).sum())
 
     def torch_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
