@@ -89,7 +89,7 @@ def imported(config_name: str, cfg: DictConfig) -> Any:
     return getattr(module, config_name)(cfg)
 
 
-def uncomposed(error: Exception, config_name: str) -> str:
+def uncomposed(error: BaseException, config_name: str) -> str:
     """What is wrong with a command line of which Hydra makes no configuration, or no folder."""
     message = one_line(error)
     said = sys.argv[1:]
