@@ -13,7 +13,7 @@ from PIL import Image
 from dd_lightning.commands.report import PAPER
 from dd_lightning.distilled import DistilledData
 from dd_lightning.report.figures import many_beat_one, rises, rises_and_levels_off
-from dd_lightning.report.runs import Measured, Run, find_runs, measured
+from dd_lightning.report.runs import Measured, Run, find_runs, measured, other_kinds
 from dd_lightning.report.tables import latex, make_table, markdown
 
 GREY = {"channels": 1, "image_size": 28, "mean": [0.1], "std": [0.3]}
@@ -273,6 +273,27 @@ def test_stored_numbers_are_of_what_was_tested(tmp_path):
     assert numbers(card={"stored_numbers": 10}, use={"choice": "ordinary", "stored_numbers": 3}) == 3
 
 
+CONTROL = {"accuracy_mean": 50.0, "accuracy_std": 1.0, "images": 10, "stored_numbers": 7840}
+ORDINARY = {
+    "choice": "ordinary",
+    "images": 10,
+    "stored_numbers": 7841,
+    "labels": "hard",
+    "controls": {"random": CONTROL},
+}
+ORDINARY |= {"protocol": {"optimizer": "sgd", "epochs": 3}, "learning_rate": 0.01}
+ODD_USES: list[dict] = [{"images": "ten"}, {"protocol": 3}, {"along": {"accuracy": 3}}, {"sets_chosen": {"of": "all"}}]
+ODD_USES += [{"controls": {"random": entry}} for entry in (3, CONTROL | {"accuracy_mean": "high"}, {"images": 10})]
+ODD_USES += [{"along": {"epochs": [0, 1], "accuracy": [10.0, 50.0]}}]  # which the control lacks
+
+
+def test_a_result_as_a_run_writes_it_is_none_of_these():
+    assert other_kinds({"name": "a", "test": {"accuracies": [1.0]}, "use": ORDINARY}) == []
+    assert other_kinds({"name": "a", "test": {"accuracies": [1.0]}, "use": {"choice": "ordinary"}}) == [
+        f"use.{key}" for key in ("images", "stored_numbers", "labels", "protocol", "controls")
+    ]
+
+
 @pytest.mark.parametrize(
     ("part", "value"),
     [
@@ -292,6 +313,9 @@ def test_stored_numbers_are_of_what_was_tested(tmp_path):
         ("settings", None),
         ("seconds", "long"),
         ("row", ["mnist"]),
+        ("card", {"dataset": "mnist"}),
+        ("test", {"accuracies": [1.0], "measures": 3}),
+        *(("use", ORDINARY | changed) for changed in ODD_USES),
     ],
 )
 def test_a_result_that_no_run_writes_is_left_out_by_name(tmp_path, caplog, part, value):

@@ -23,11 +23,21 @@ APART = ("seed", "runs_dir", "data_dir", "populations_dir", "resume", "traceback
 APART += ("dry_run", "returned", "piece")
 
 
-NUMBER = int | float
-KINDS = {"name": str, "test": dict, "card": dict, "use": dict, "versions": dict, "outer_steps": int, "set": str}
+# Of what kind the parts of a `result.json` are, where it has them. Somebody may have changed it.
+NUMBER, WHOLE = int | float, int | None
+SPREAD = {"accuracy_mean": NUMBER, "accuracy_std": NUMBER}
+ALONG = {"epochs": list, "accuracy": list}
+STORED = {"images": int, "stored_numbers": WHOLE}
+TEST = {"accuracy_before": NUMBER, "networks": WHOLE, "networks_chose": WHOLE, "measures": dict}
+CARD = {"dataset": dict, "network": dict, "augment": dict | None, "versions": dict, "stored_numbers": WHOLE}
+USE = STORED | {"choice": str, "labels": str, "protocol": dict, "controls": dict, "gap": NUMBER}
+USE |= {"along": ALONG, "chosen": dict, "pictures_chose": int, "sets": int}
+USE |= {"sets_chosen": {"of": int, "networks": int, "training_pictures": int}}
+KINDS = {"name": str, "test": TEST, "card": CARD, "use": USE, "versions": dict, "outer_steps": int, "set": str}
 KINDS |= {"prefixes": list, "settings": dict, "seconds": NUMBER, "seconds_distilling": NUMBER | None}
-KINDS |= {"network": str, "stored_numbers": int | None, "row": str | None, "column": str | None}
-OF_PREFIX = {"images_per_class": int, "networks": int, "accuracy_mean": NUMBER, "accuracy_std": NUMBER}
+KINDS |= {"network": str, "stored_numbers": WHOLE, "row": str | None, "column": str | None}
+OF_PREFIX = SPREAD | {"images_per_class": int, "networks": int}
+OF_ORDINARY = ("images", "stored_numbers", "labels", "protocol", "controls")
 
 
 @dataclass(frozen=True)
@@ -144,17 +154,34 @@ def record(path: Path, kind: type) -> Any:
 
 
 def other_kinds(result: dict[str, Any]) -> list[str]:
-    """The parts of a `result.json`, which somebody may have changed, that are of another kind than a run writes."""
-    odd = [key for key, kind in KINDS.items() if key in result and not isinstance(result[key], kind)]
-    if "prefixes" not in odd and not all(map(is_prefix, result.get("prefixes", ()))):
+    """The parts of a `result.json` that are of another kind than a run writes, or lack where they are read."""
+    odd = of_other_kinds(result, KINDS)
+    if "prefixes" not in odd and not all(has_all(entry, OF_PREFIX) for entry in result.get("prefixes", ())):
         odd.append("prefixes")
+    if not odd and result.get("use", {}).get("choice") == "ordinary":
+        odd += [f"use.{key}" for key in OF_ORDINARY if key not in result["use"]]
+        needed = SPREAD | STORED | ({"along": ALONG} if "along" in result["use"] else {})
+        controls = result["use"].get("controls", {})
+        odd += [f"use.controls.{name}" for name, entry in controls.items() if not has_all(entry, needed)]
     values = result["test"].get("accuracies") if isinstance(result["test"], dict) else None
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     return odd + ([] if numbers and values else ["test.accuracies"])
 
 
-def is_prefix(entry: object) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in OF_PREFIX.items())
+def of_other_kinds(content: dict[str, Any], kinds: dict[str, Any], at: str = "") -> list[str]:
+    """The dotted names of what is of another kind; what is not there is of none."""
+    odd: list[str] = []
+    for key, kind in kinds.items():
+        value = content.get(key)
+        if isinstance(kind, dict) and isinstance(value, dict):
+            odd += of_other_kinds(value, kind, f"{at}{key}.")
+        elif key in content and not isinstance(value, dict if isinstance(kind, dict) else kind):
+            odd.append(f"{at}{key}")
+    return odd
+
+
+def has_all(entry: object, kinds: dict[str, Any]) -> bool:
+    return isinstance(entry, dict) and kinds.keys() <= entry.keys() and not of_other_kinds(entry, kinds)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
