@@ -61,6 +61,7 @@ def test_an_error_ends_the_others():
     with pytest.raises(FloatingPointError, match="the loss is nan"), Workers(2) as workers:
         workers.map("fails", first_fails, PIECES)
     for process in set(multiprocessing.active_children()) - before:  # which is ended, but another thread was told so
+        process.join(timeout=60)
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
 
