@@ -70,7 +70,10 @@ print([m for m in ("torch", "torchvision", "pytorch_lightning", "lightning_fabri
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["bench", "distill", "evaluate", "export", "gallery", "linear", "pack", "report"])
+HELPED = ["bench", "distill", "evaluate", "export", "gallery", "linear", "pack", "pretrain", "report"]
+
+
+@pytest.mark.parametrize("name", HELPED)
 def test_help_fits_a_screen(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [f"dd-{name}", "--help"])
     with contextlib.suppress(SystemExit):
