@@ -60,10 +60,7 @@ def test_an_error_ends_the_others():
     before = set(multiprocessing.active_children())  # of an earlier test, perhaps
     with pytest.raises(FloatingPointError, match="the loss is nan"), Workers(2) as workers:
         workers.map("fails", first_fails, PIECES)
-    for process in set(multiprocessing.active_children()) - before:  # which is ended, but another thread was told so
-        process.join(timeout=60)
-        with pytest.raises(ProcessLookupError):
-            os.kill(process.pid, 0)
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_kept_result_that_is_not_whole_is_done_again(tmp_path):

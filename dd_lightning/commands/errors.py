@@ -4,11 +4,13 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dd_lightning.commands.keys import named_values
 from dd_lightning.system.checks import nearest
 
 TRACEBACK = "DD_TRACEBACK"
@@ -116,19 +118,13 @@ def check_resolved(cfg: DictConfig) -> None:
 def unresolved(cfg: DictConfig, key: str, message: str) -> str:
     """What is wrong with a value that cannot be had; one that is another setting's, such as is left out, is told so."""
     root = cfg._get_root()
-    raw = dict(_raw_values(OmegaConf.to_container(root, resolve=False)))
+    raw = dict(named_values(cast(dict[str, Any], OmegaConf.to_container(root, resolve=False))))
     of_another = re.fullmatch(r"\$\{([\w.]+)\}", str(raw.get(key)))
     if of_another is None or of_another[1] in raw:
         return f"{key}: {message}"
     alike = [one for one, value in raw.items() if value == raw[key]]
     given = " ".join(f"{one}=VALUE" for one in alike)
     return f"{' and '.join(alike)}: the value is that of {of_another[1]}, which is not there; give {given}"
-
-
-def _raw_values(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        yield f"{prefix}{key}", value
-        yield from _raw_values(value, f"{prefix}{key}.")
 
 
 def with_overrides(message: str, overrides: list[str]) -> str:

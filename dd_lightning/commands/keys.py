@@ -43,7 +43,7 @@ def check_known(cfg: DictConfig, conf: Path, config_name: str) -> None:
     read = top_level(conf, config_name) | set(re.findall(r"\$\{(?:oc\.select:)?(\w+)", str(plain)))
     said = {o.lstrip("+").partition("=")[0].partition(".")[0] for o in task_overrides()}
     for key in (plain.keys() - read) & said:  # what rows of tables set is for their columns
-        known = [name for name in names_of(plain) if name.partition(".")[0] in read]
+        known = [name for name, _ in named_values(plain) if name.partition(".")[0] in read]
         raise ValueError(f"{key} is no setting of dd-{config_name}{nearest(key, known)}")
     check_taken(plain)
 
@@ -152,12 +152,12 @@ def top_level(conf: Path, config_name: str) -> set[str]:
     return keys
 
 
-def names_of(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all groups and values."""
+def named_values(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All groups and values, with their dotted names."""
     for key, value in node.items():
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key}", value
         if isinstance(value, dict):
-            yield from names_of(value, f"{prefix}{key}.")
+            yield from named_values(value, f"{prefix}{key}.")
 
 
 def meant(key: str, conf: Path, config_name: str, overrides: list[str]) -> str:
@@ -168,7 +168,7 @@ def meant(key: str, conf: Path, config_name: str, overrides: list[str]) -> str:
         try:
             with initialize_config_dir(str(conf), version_base="1.3"):
                 composed: Any = OmegaConf.to_container(compose(config_name, overrides=given), resolve=False)
-                return nearest(key, top_level(conf, config_name) | set(names_of(composed)))
+                return nearest(key, top_level(conf, config_name) | set(dict(named_values(composed))))
         except HydraException:
             continue
     return ""

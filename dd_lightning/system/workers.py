@@ -51,11 +51,10 @@ class Workers:
     ) -> None:
         if self._executor is None:
             return
-        processes = list((self._executor._processes or {}).values())
-        self._executor.shutdown(wait=error is None, cancel_futures=True)
-        for process in processes if error is not None else ():
-            process.terminate()
-            process.join()
+        if error is not None:  # what they still do is not waited for
+            for process in list((self._executor._processes or {}).values()):
+                process.terminate()
+        self._executor.shutdown(cancel_futures=True)
 
     def map(self, description: str, work: Callable[..., Result], pieces: Pieces) -> dict[str, Result]:
         """The result of each piece, in the order of `pieces`.
