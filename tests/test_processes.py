@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_folders import CROPPED, write
+from test_folders import SHORT as PICTURES
 
 from dd_lightning import DistilledData, LeNet
 from dd_lightning.init import RandomInit
@@ -39,9 +41,9 @@ def start(*overrides, **variables):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def distil(name, *overrides):
+def distil(name, *overrides, of=TOY):
     """The run's folder."""
-    process = start(*TOY, *overrides, f"name={name}")
+    process = start(*of, *overrides, f"name={name}")
     _, error = process.communicate()
     assert process.returncode == 0, error
     (folder,) = Path("runs", name).iterdir()
@@ -93,6 +95,14 @@ def test_any_number_of_processes_distils_the_same(unroll):
             torch.testing.assert_close(*images, rtol=0, atol=1e-4)
         else:
             assert same(runs[0], other)
+
+
+@pytest.mark.slow
+def test_several_processes_see_the_same_parts_of_pictures(tmp_path):
+    write(tmp_path / "pictures")
+    several = (*PICTURES, *CROPPED, "dataset.workers=1", "init=random", "init.per_step=3")
+    one, two = (distil(name, f"trainer={name}", of=several) for name in ("cpu", "ddp_sim"))
+    assert same(one, two)
 
 
 @pytest.mark.slow
