@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dd_lightning.networks import Confusion, accuracy, percent
+from dd_lightning.networks import Predictions
 
 Measures = dict[str, Float[Tensor, "*networks"]]  # in %
 
@@ -19,7 +19,7 @@ class Objective(ABC):
         """The outer loss: the mean over sampled networks and real images."""
 
     @abstractmethod
-    def measures(self, confusion: Confusion) -> Measures:
+    def measures(self, predictions: Predictions) -> Measures:
         """Of each network; the first one chooses checkpoints, and is what a command returns."""
 
     def wanted(self, labels: Int[Tensor, "*images"]) -> Int[Tensor, "*images"]:
@@ -40,8 +40,8 @@ class Classification(Objective):
     def __call__(self, logits: Float[Tensor, "init batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
 
-    def measures(self, confusion: Confusion) -> Measures:
-        return {"accuracy": accuracy(confusion)}
+    def measures(self, predictions: Predictions) -> Measures:
+        return {"accuracy": predictions.accuracy()}
 
 
 class Poisoning(Classification):
@@ -79,15 +79,11 @@ class Poisoning(Classification):
     def __call__(self, logits: Float[Tensor, "init batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         return super().__call__(logits, self.wanted(labels))
 
-    def measures(self, confusion: Confusion) -> Measures:
-        attacked = confusion[..., self.attack_class, :]
-        modified = confusion.clone()
-        modified[..., self.target_class, :] += attacked
-        modified[..., self.attack_class, :] = 0
-        of_class = percent(confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1))
+    def measures(self, predictions: Predictions) -> Measures:
+        of_class = predictions.accuracy_of_classes()
         return {
-            "accuracy_modified_labels": accuracy(modified),
-            "accuracy_true_labels": accuracy(confusion),
-            "attack_share": percent(attacked[..., self.target_class], attacked.sum(-1)),
+            "accuracy_modified_labels": predictions.accuracy(self.wanted(predictions.labels)),
+            "accuracy_true_labels": predictions.accuracy(),
+            "attack_share": predictions.share(self.attack_class, self.target_class),
             **{f"accuracy_class_{c}": of_class[..., c] for c in range(of_class.shape[-1])},
         }

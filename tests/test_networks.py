@@ -21,8 +21,8 @@ from dd_lightning.networks import (
     ViTSmall,
     check_network,
     class_name,
-    confusion,
     predict,
+    predictions,
     run_with,
     stack,
     training_without_dropout,
@@ -118,7 +118,7 @@ def test_a_network_that_looks_at_the_pictures_beside_is_told(caplog):
     (said,) = caplog.messages
     assert "BatchNormNet" in said
     assert "500 pictures at a time" in said
-    assert inspect.signature(confusion).parameters["batch_size"].default == 500
+    assert inspect.signature(predictions).parameters["batch_size"].default == 500
     network.norm = nn.InstanceNorm2d(4, affine=True)
     check_network(network, (1, 6, 6), 10)
     check_network(LeNet(), (1, 28, 28), 10)

@@ -14,7 +14,7 @@ from dd_lightning.data import Pictures, Preprocessing, RealData
 from dd_lightning.distilled import DistilledData
 from dd_lightning.evaluation.heldout import HeldOutResult, count_choosing, judged_along
 from dd_lightning.init import Init
-from dd_lightning.networks import Weights, confusion, stack
+from dd_lightning.networks import Weights, predictions, stack
 from dd_lightning.objectives import Measures, Objective
 from dd_lightning.sources import Each
 from dd_lightning.system.seeding import Stream, generator
@@ -44,7 +44,7 @@ class Learner:
     def judged(self, weights: Weights, pictures: Pictures) -> Measures:
         """What the objective measures of networks on real pictures."""
         return self.objective.measures(
-            confusion(self.network, weights, pictures.images, pictures.labels, self.preprocessing)
+            predictions(self.network, weights, pictures.images, pictures.labels, self.preprocessing)
         )
 
 

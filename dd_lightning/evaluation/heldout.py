@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dd_lightning.data import Pictures, Preprocessing
 from dd_lightning.distilled import DistilledData
 from dd_lightning.init import Init
-from dd_lightning.networks import Weights, confusion, count, stack, unstack
+from dd_lightning.networks import Weights, count, predictions, stack, unstack
 from dd_lightning.objectives import Classification, Measures, Objective
 from dd_lightning.system.seeding import Stream
 from dd_lightning.system.words import counted
@@ -132,7 +132,7 @@ def evaluate_held_out(
     objective = objective or Classification()
 
     def judged(weights: Weights) -> Measures:
-        return objective.measures(confusion(network, weights, pictures.images, pictures.labels, preprocessing))
+        return objective.measures(predictions(network, weights, pictures.images, pictures.labels, preprocessing))
 
     together = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)

@@ -14,11 +14,10 @@ from dd_lightning.data import OwnMinibatches, RealData
 from dd_lightning.init.random import RandomInit
 from dd_lightning.networks import (
     Weights,
-    accuracy,
     concatenated,
-    confusion,
     count,
     frozen,
+    predictions,
     run_with,
     split,
     stack,
@@ -194,8 +193,8 @@ def train_networks(
     diverged = [i for row, i in enumerate(indices) if not all(v[row].isfinite().all() for v in weights.values())]
     if diverged:
         raise FloatingPointError(f"the weights of network {diverged[0]} are not finite; try a smaller recipe.lr")
-    tested = confusion(network, weights, data.test.images, data.test.labels, data.preprocessing)
-    return weights, accuracy(tested)
+    tested = predictions(network, weights, data.test.images, data.test.labels, data.preprocessing)
+    return weights, tested.accuracy()
 
 
 def check_batched(network: nn.Module, init: RandomInit, data: RealData) -> None:

@@ -4,7 +4,6 @@ from dd_lightning.networks.alexcifarnet import AlexCifarNet
 from dd_lightning.networks.calls import run_with
 from dd_lightning.networks.check import check_network
 from dd_lightning.networks.code import origin_of
-from dd_lightning.networks.confusion import Confusion, accuracy, confusion, percent
 from dd_lightning.networks.convnet import ConvNet
 from dd_lightning.networks.fitting import completed, differences, digest_of, load_weights
 from dd_lightning.networks.formats import channels_last, memory_format
@@ -12,6 +11,7 @@ from dd_lightning.networks.layers import LocalResponseNorm, MaxPool2d
 from dd_lightning.networks.lenet import LeNet
 from dd_lightning.networks.mlp import MLP
 from dd_lightning.networks.modes import evaluating, training_without_dropout
+from dd_lightning.networks.predictions import Predictions, predictions
 from dd_lightning.networks.resnet18 import ResNet18
 from dd_lightning.networks.stem import LANES, Stem, Tracer, stem_of
 from dd_lightning.networks.torchvision import TorchvisionNetwork
@@ -35,24 +35,22 @@ __all__ = [
     "MLP",
     "VGG11",
     "AlexCifarNet",
-    "Confusion",
     "ConvNet",
     "LeNet",
     "LocalResponseNorm",
     "MaxPool2d",
+    "Predictions",
     "ResNet18",
     "Stem",
     "TorchvisionNetwork",
     "Tracer",
     "ViTSmall",
     "Weights",
-    "accuracy",
     "channels_last",
     "check_network",
     "class_name",
     "completed",
     "concatenated",
-    "confusion",
     "count",
     "differences",
     "digest_of",
@@ -62,8 +60,8 @@ __all__ = [
     "load_weights",
     "memory_format",
     "origin_of",
-    "percent",
     "predict",
+    "predictions",
     "run_with",
     "split",
     "stack",

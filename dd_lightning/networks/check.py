@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dd_lightning.networks.confusion import BATCH
 from dd_lightning.networks.modes import evaluating, training_without_dropout
+from dd_lightning.networks.predictions import BATCH
 from dd_lightning.networks.weights import frozen
 from dd_lightning.system.processor import is_out_of_memory
 
