@@ -15,6 +15,7 @@ from dd_lightning import DistilledData
 from dd_lightning.data import Preprocessing
 from dd_lightning.report.picture import figure
 from dd_lightning.training.loggers import CSVLogger
+from dd_lightning.unroll import Unroll
 
 TOY = ("dataset=packed", "dataset.path=toy.npz", "dataset.validation=10", "network=custom", "batch_size=16")
 TOY += ("network._target_=conftest.SmallNet", "unroll=functional", "trainer.max_steps=6", "callbacks.resume.every=2")
@@ -121,11 +122,14 @@ def test_one_class_is_refused(run, packed):
     assert "data set toy has one class" in error
 
 
-def test_a_thousand_classes(run, packed):
+def test_a_thousand_classes(run, monkeypatch, packed):
+    check, tried = Unroll.check, []
+    monkeypatch.setattr(Unroll, "check", lambda self, *args: check(self, *args) or tried.append(len(args[2])))
     packed(**arrays(1000, each=2, size=6))
     code, error, folder = run("distill", *TOY, "dataset.validation=0", "trainer.max_steps=1", "callbacks.pictures=null")
     assert (code, error) == (0, "")
     assert DistilledData.load(folder).images.shape == (1, 1000, 1, 6, 6)
+    assert tried == [100]
     assert (folder / "distilled.png").stat().st_size
 
 

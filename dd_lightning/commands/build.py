@@ -27,6 +27,8 @@ from dd_lightning.unroll import InnerOptimizer
 
 log = logging.getLogger(__name__)
 
+TRIED = 100  # images of a step on which an engine is tried: more take longer, and tell no more
+
 # What distilled data are made for, and what an evaluation takes over from their card.
 CARD_GROUPS = ("dataset", "whitening", "network", "init", "objective", "inner", "order", "augment")
 
@@ -120,7 +122,7 @@ def build_distiller(cfg: DictConfig, data: RealData) -> DatasetDistiller:
     with named("unroll"):
         if not isinstance(unroll.optimizer, InnerOptimizer):
             raise ValueError(f"optimizer must be one of group inner, not {unroll.optimizer!r}")
-        unroll.check(network, init.sample(network, step=0), distilled.images[0])
+        unroll.check(network, init.sample(network, step=0), distilled.images[0, :TRIED])
     with named("window"):
         check_window(window, distilled, init.per_step)
     distilled, raw_labels = learned(cfg, data, distilled, images, labels)
