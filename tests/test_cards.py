@@ -85,6 +85,17 @@ def test_any_entry_of_another_kind(file, value):
     assert refused >= {"format", "preprocessing"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("class_names", 5), ("class_names", [1, 2]), ("other_initial_weights", 5), ("other_initial_weights", {})],
+)
+def test_an_entry_that_few_files_have_is_checked_too(file, key, value):
+    card, tensors = read_tensors(file, FORMAT, "distilled data")
+    write_tensors(file, tensors, card | {key: value})
+    with pytest.raises(ValueError, match=f"the card's {key} are"):
+        DistilledData.load(file)
+
+
 def test_entries_that_nothing_reads_are_kept(file):
     card, tensors = read_tensors(file, FORMAT, "distilled data")
     more = changed(changed(card, ("new",), [1]), ("preprocessing", "new"), {"a": 1})

@@ -30,6 +30,12 @@ def check_card(card: Mapping[str, Any]) -> None:
         fits = bool(value) and all(map(number, value)) if isinstance(value, list) else number(value)
         if isinstance(value, list) != (name in LISTS) or not fits or (name in WHOLE and not isinstance(value, int)):
             raise ValueError(f"the card's {name} is {value!r}")
+    names = card.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the card's class_names are {names!r}, not names")
+    of_others = card.get("other_initial_weights", {"of": ""})
+    if not isinstance(of_others, dict) or not isinstance(of_others.get("of"), str):
+        raise ValueError(f"the card's other_initial_weights are {of_others!r}, which names no weights")
     for count, rates in card.get("stages", {}).items():
         rows = isinstance(rates, list) and bool(rates) and all(isinstance(row, list) for row in rates)
         if not count.isdecimal() or not rows or not all(number(rate) for row in rates for rate in row):
