@@ -283,6 +283,24 @@ TESTED = {"accuracy_mean": -1.0, "accuracy_std": 0.0}
 DATA = str(Path(os.environ.get("DD_DATA_DIR", "data")).resolve())  # before a test changes the folder
 
 
+@pytest.mark.parametrize(
+    ("record", "more", "message"),
+    [
+        ("[seed=1", (), "overrides.yaml is not what a run writes"),
+        ("a: 1", (), "overrides.yaml is not what a run writes"),
+        ("[seed=1]", (), "there is no distilled data at"),
+        ("[seed=1]", ("commit=[1,2]",), "commit must be letters"),
+        ("[seed=1]", ("entry=../x",), "entry must be letters"),
+    ],
+)
+def test_a_run_of_no_known_making_is_not_put_into_the_gallery(run, record, more, message):
+    Path("run", ".hydra").mkdir(parents=True)
+    Path("run", ".hydra", "overrides.yaml").write_text(record)
+    code, error, _ = run("gallery", "add=run", "entry=x", "commit=1234567", *more)
+    assert (code, error.count("\n") <= 1, "Error" in error) == (1, True, False)
+    assert message in error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", entries())
 def test_every_entry_of_the_gallery_is_as_good_as_its_card_says(run, name):

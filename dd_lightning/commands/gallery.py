@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from dd_lightning.commands.launch import command
 from dd_lightning.distilled import DistilledData
+from dd_lightning.report.runs import record
 from dd_lightning.system.checks import check_name
 from dd_lightning.system.gallery import GALLERY, PREFIX, entries, narrowed
 from dd_lightning.system.tensors import write_tensors
@@ -33,7 +34,9 @@ def gallery(cfg: DictConfig) -> None:
     """
     if cfg.add is not None:
         check_name(entry=cfg.entry)
-        add(Path(str(cfg.add)), cfg.entry, cfg.commit)
+        commit = head() if cfg.commit is None else str(cfg.commit)  # one of digits is a number to Hydra
+        check_name(commit=commit)
+        add(Path(str(cfg.add)), cfg.entry, commit)
     for name in entries():
         data = DistilledData.load(PREFIX + name)
         test, choice = (
@@ -47,12 +50,12 @@ def gallery(cfg: DictConfig) -> None:
         )
 
 
-def add(run: Path, name: str, commit: str | None) -> None:
+def add(run: Path, name: str, commit: str) -> None:
     """Puts the data of a run into the gallery, in 16 bits if they are as good so, with the accuracy they then have."""
-    known = made_by(run) | {"commit": commit or head()}
+    known = made_by(run) | {"commit": commit}
     source = run / "distilled.safetensors"
     card = DistilledData.load(source).card
-    if "accuracy" not in card:
+    if not {"accuracy_mean", "networks"} <= card.get("accuracy", {}).keys():
         raise ValueError(f"{run} was not tested")
     card.get("dataset", {}).pop("data_dir", None)  # of the machine that made it
     tensors = load_file(source)
@@ -78,9 +81,9 @@ def made_by(run: Path) -> dict[str, Any]:
     folder = run / ".hydra"
     if not (folder / "overrides.yaml").is_file():
         raise FileNotFoundError(f"{folder} does not say how the run was made")
-    overrides = [str(o) for o in OmegaConf.load(folder / "overrides.yaml")]
+    overrides = map(str, record(folder / "overrides.yaml", list))
     kept = [o for o in overrides if not o.lstrip("+").startswith(ELSEWHERE)]
-    seed = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "seed")
+    seed = record(folder / "config.yaml", dict).get("seed")
     return {"command": " ".join(["dd-distill", *kept]), "seed": seed, "torch": version("torch")}
 
 
