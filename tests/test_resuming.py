@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,62 @@ def test_no_readable_checkpoint_is_an_error_and_null_starts_anew(run, monkeypatc
     code, _, other = run("distill", *RUN, "resume=null")
     assert code == 0
     assert other not in (None, folder)
+
+
+def changed(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c.pop("global_step"), "global_step"),
+        (lambda c: c.update(global_step=-1), "global_step"),
+        (lambda c: c.update(global_step=2.5), "global_step"),
+        (lambda c: c.pop("loops"), "loops"),
+        (lambda c: c.update(optimizer_states={}), "optimizer_states"),
+        (lambda c: c.update(dd_config=[1]), "dd_config"),
+    ],
+)
+def test_a_checkpoint_whose_parts_are_of_another_kind_is_refused_by_name(tmp_path, change, named):
+    path = tmp_path / "last-000003.ckpt"
+    kinds = {"global_step": 3, "state_dict": {}, "loops": {}, "callbacks": {}, "dd_config": {}}
+    kinds |= {"optimizer_states": [], "lr_schedulers": [], "pytorch-lightning_version": "2"}
+    torch.save(kinds, path)
+    assert load_checkpoint(path) == kinds
+    changed(path, change)
+    with pytest.raises(ValueError, match=rf"{path} is not what a run writes: {named}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c["state_dict"].pop("images"), 'Missing key(s) in state_dict: "images"'),
+        (lambda c: c["state_dict"].update(images=1), "images"),
+        (lambda c: c.update(global_step=5), "outer step 5, but 8 minibatches and 8 updates"),
+        (lambda c: c["loops"]["fit_loop"].pop("epoch_loop.batch_progress"), "outer step 8"),
+        (lambda c: c.update(optimizer_states=[]), "it lacks optimizer_states"),
+        (lambda c: c.update(lr_schedulers=[{}]), "it lacks lr_schedulers"),
+        (lambda c: c["callbacks"]["ResumeCheckpoint"].update(seconds="x"), "seconds must be a number"),
+        (lambda c: c["callbacks"]["HeldOutEvaluation"].update(best={}), "it lacks 'accuracy'"),
+        (lambda c: c["callbacks"]["HeldOutEvaluation"].update(best=7), "'int' object"),
+    ],
+)
+def test_a_run_does_not_go_on_from_half_of_a_checkpoint(run, monkeypatch, kept, change, named):
+    if "unfinished" not in kept:
+        kept["unfinished"] = interrupt(run, monkeypatch)
+    newest, _ = sorted(kept["unfinished"].glob("checkpoints/*.ckpt"), reverse=True)
+    path = shutil.copytree(kept["unfinished"], Path("copy")) / "checkpoints" / newest.name
+    changed(path, change)
+    code, error, _ = run("distill", *RUN, "hydra.run.dir=copy")
+    message = error.splitlines()[-1]
+    assert (code, message.startswith("dd-distill: error: cannot go on from ")) == (1, True)
+    assert newest.name in message
+    assert named in message
+    assert not Path("copy", "result.json").exists()
 
 
 def test_one_changed_bit_is_noticed(run, monkeypatch):

@@ -28,7 +28,7 @@ from dd_lightning.training.checks import check_inside, check_outer, check_traine
 from dd_lightning.training.errors import explained
 from dd_lightning.training.finishing import Finished, finish, tell, write_results
 from dd_lightning.training.processes import SameSettings, check_processes
-from dd_lightning.training.resuming import AtomicCheckpointIO, find_checkpoint, load_checkpoint
+from dd_lightning.training.resuming import AtomicCheckpointIO, Restored, find_checkpoint, load_checkpoint
 from dd_lightning.training.stopping import TimeLimit, check_whole_run
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def build_trainer(cfg: DictConfig, folder: Path, distiller: DatasetDistiller, ch
         cfg.trainer,
         max_time=None,
         **({} if own_bar else {"enable_progress_bar": False}),  # Lightning's bar knows no run that goes on
-        callbacks=[SameSettings(distiller.config), *callbacks],
+        callbacks=[Restored(checkpoint), SameSettings(distiller.config), *callbacks],
         logger=build_loggers(cfg, folder, step) or False,
         default_root_dir=str(folder),
         plugins=[AtomicCheckpointIO()],

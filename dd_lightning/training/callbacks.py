@@ -54,7 +54,10 @@ class HeldOutEvaluation(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        best = state_dict["best"]
+        if best is not None and not (isinstance(best["accuracy"], float) and isinstance(best["distilled"], dict)):
+            raise ValueError("the best distilled data so far are none")
+        self.best = best
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DatasetDistiller)

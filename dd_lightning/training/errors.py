@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from dd_lightning.system.processor import is_out_of_memory
 from dd_lightning.training.callbacks import LastGood, of_kind
 from dd_lightning.training.processes import is_lost_process
+from dd_lightning.training.resuming import Restored
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -21,6 +22,7 @@ def explained(trainer: pl.Trainer) -> Iterator[None]:
         ConnectionError: another process ended.
         OSError: nothing can be written.
         MemoryError: memory is out.
+        ValueError: the checkpoint is not what this run writes.
     """
     try:
         yield
@@ -49,4 +51,8 @@ def _explanation(error: Exception, trainer: pl.Trainer) -> Exception | None:
             "a chunk of networks, unroll=recompute, a smaller init.per_step, pieces of the real images (piece=64) "
             "or a smaller batch_size takes less"
         )
+    restored = of_kind(trainer, Restored)
+    if restored and restored.checkpoint and not restored.begun and not isinstance(error, OSError):
+        reason = " ".join((f"it lacks {error}" if isinstance(error, KeyError) else str(error)).split())
+        return ValueError(f"cannot go on from {restored.checkpoint}: {reason}; resume=null starts a new run")
     return None

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from dd_lightning.system.archives import check_archive
 from dd_lightning.system.atomic import write_bytes
-from dd_lightning.system.checks import check_count, check_positive
+from dd_lightning.system.checks import check_count, check_not_negative, check_positive
 from dd_lightning.system.signals import Interrupted, handle
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest, and one to fall back on
+KINDS = {"global_step": int, "state_dict": dict, "loops": dict, "callbacks": dict}  # of what a run reads
+KINDS |= {"optimizer_states": list, "lr_schedulers": list, "dd_config": dict}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,6 +32,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_bytes(path, buffer.getvalue())
+
+
+class Restored(Callback):
+    """Refuses to go on from half of a checkpoint: what Lightning does not find in it, it begins anew.
+
+    Args:
+        checkpoint: from which the run goes on, if it does.
+
+    Attributes:
+        begun: whether all of the checkpoint is read.
+
+    Raises:
+        ValueError: its loops are at another outer step than it says, or it lacks the optimizer's state or the schedule.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint, self.begun = checkpoint, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.checkpoint:
+            self._check(trainer, load_checkpoint(self.checkpoint))
+        self.begun = True
+
+    def _check(self, trainer: pl.Trainer, content: dict[str, Any]) -> None:
+        step, batches = content["global_step"], trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if not trainer.global_step == batches == step:
+            raise ValueError(f"outer step {step}, but {batches} minibatches and {trainer.global_step} updates")
+        used = {"optimizer_states": trainer.optimizers, "lr_schedulers": trainer.lr_scheduler_configs}
+        for key, there in used.items():
+            if len(content[key]) != len(there) or not all(content[key]):
+                raise ValueError(f"it lacks {key}")
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -61,6 +94,7 @@ class ResumeCheckpoint(Checkpoint):
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_not_negative(seconds=state_dict["seconds"])
         self.seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -167,6 +201,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated, damaged or not a checkpoint: {reason}") from error
     if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
         raise ValueError(f"{path} is not a checkpoint of a run")
+    odd = [key for key, kind in KINDS.items() if not isinstance(content.get(key), kind)]
+    if odd or content["global_step"] < 0:
+        raise ValueError(f"{path} is not what a run writes: {', '.join(odd or ['global_step'])}")
     return content
 
 
