@@ -296,6 +296,18 @@ def test_the_same_run_twice_at_once_is_refused(run, monkeypatch):
     assert f"this run is going on already in {folder} (process {os.getpid()}); resume=null starts another" in error
 
 
+def test_no_two_commands_work_in_one_folder(run):
+    data = ("dataset=packed", "dataset.path=toy.npz", "network=mlp")
+    evaluate = (*data, "distilled=random_real", "networks=2", "hydra.run.dir=folder")
+    pretrain = (*data, "name=toy", "networks=2", "held_out_networks=2", "recipe.epochs=1", "workers=1")
+    for command, line, folder in (("evaluate", evaluate, "folder"), ("pretrain", pretrain, "populations/toy")):
+        with locked(Path(folder, ".lock")):
+            code, error, _ = run(command, *line)
+        assert (code, error.count("\n"), "is going on already in " in error) == (1, 1, True)
+        assert {path.name for path in Path(folder).iterdir()} == {".lock"} or command == "evaluate"
+        assert run(command, *line)[:2] == (0, "")
+
+
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, run):
     """SIGKILL at random moments of five runs, four times each."""

@@ -30,6 +30,7 @@ from dd_lightning.report.picture import draw
 from dd_lightning.sources import Sets
 from dd_lightning.system.atomic import write_json
 from dd_lightning.system.checks import check_choice, check_count
+from dd_lightning.system.locking import alone
 from dd_lightning.system.processor import device_of, hardware, versions
 from dd_lightning.system.workers import Workers
 from dd_lightning.unroll import AdjointUnroll
@@ -47,13 +48,18 @@ def evaluate(cfg: DictConfig) -> float:
     Returns:
         Mean accuracy in %.
     """
-    started = time.monotonic()
     folder = Path(HydraConfig.get().runtime.output_dir)
     check_count(networks=cfg.networks)
     if not isinstance(cfg.per_step, bool):
         raise ValueError(f"per_step must be true or false, not {cfg.per_step!r}")
     check_choice("split", cfg.split, ["test", "validation"])
-    whitening = None
+    with alone(folder):
+        return run(cfg, folder)
+
+
+def run(cfg: DictConfig, folder: Path) -> float:
+    """One evaluation, new or going on, in `folder`."""
+    started, whitening = time.monotonic(), None
     if cfg.distilled.get("path") and cfg.distilled._target_ != FOREIGN:
         brought = DistilledData.load(cfg.distilled.path)
         cfg, whitening = with_card(cfg, brought.card), brought.whitening

@@ -20,6 +20,7 @@ from dd_lightning.data import RealData
 from dd_lightning.init import HELD_OUT, PARTS, TRAIN, Job, Population, RandomInit, Recipe, check_batched, train_shard
 from dd_lightning.networks import class_name
 from dd_lightning.system.checks import check_count
+from dd_lightning.system.locking import alone
 from dd_lightning.system.processor import device_of, hardware, is_out_of_memory, versions
 from dd_lightning.system.progress import progress_of
 from dd_lightning.system.workers import Workers
@@ -41,19 +42,21 @@ def pretrain(cfg: DictConfig) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # in every process, so that their number does not change the rounding
     job = build_job(cfg, device)
-    size = cfg.shard or max(4, job.at_once)
-    shards = [shard for part in PARTS for shard in split(part, job.population.missing(part), size)]
-    missing = sum(len(indices) for _, indices in shards)
-    train_missing(job, shards, missing, workers)
-    if missing:
-        rate = 60 * missing / (time.monotonic() - started)
-        log.info(f"{missing} networks trained, {rate:.2f} a minute")
-    complete(job.population)
+    with alone(job.population.path, "wait for it, or give this one another name"):
+        begin(job.population)
+        size = cfg.shard or max(4, job.at_once)
+        shards = [shard for part in PARTS for shard in split(part, job.population.missing(part), size)]
+        missing = sum(len(indices) for _, indices in shards)
+        train_missing(job, shards, missing, workers)
+        if missing:
+            rate = 60 * missing / (time.monotonic() - started)
+            log.info(f"{missing} networks trained, {rate:.2f} a minute")
+        complete(job.population)
     log.info(f"saved in {os.path.relpath(job.population.path)}")
 
 
 def build_job(cfg: DictConfig, device: torch.device) -> Job:
-    """The checked objects, and the population's folder with its card."""
+    """The checked objects."""
     recipe: Recipe = instantiate(cfg.recipe)
     seeds = {TRAIN: cfg.seed, HELD_OUT: cfg.held_out_seed}
     inits = {part: RandomInit(cfg.scheme, cfg.gain, seed=seed) for part, seed in seeds.items()}
@@ -63,7 +66,7 @@ def build_job(cfg: DictConfig, device: torch.device) -> Job:
     if at_once > 1 and device.type != "cpu":
         check_batched(network, inits[TRAIN], data)
     card = make_card(cfg, data, network, seeds)
-    population = open_population(Path(cfg.populations_dir, card["name"]), card)
+    population = Population(Path(cfg.populations_dir, card["name"]), card)
     data.to(device)
     network.to(device)
     return Job(population, network, inits, data, recipe, at_once)
@@ -113,13 +116,13 @@ def make_card(cfg: DictConfig, data: RealData, network: nn.Module, seeds: dict[s
     }
 
 
-def open_population(path: Path, card: dict[str, Any]) -> Population:
-    """A new population, or the one at `path` to go on with.
+def begin(population: Population) -> None:
+    """Makes the population's folder with its card, or goes on with the one that is there.
 
     Raises:
-        ValueError: the one at `path` was made with other settings.
+        ValueError: that was made with other settings.
     """
-    population = Population(path, card)
+    path = population.path
     if (path / "card.json").is_file():
         there, here = (UNNAMED | _decisive(card) for card in (Population(path).card, population.card))
         differing = [
@@ -130,7 +133,6 @@ def open_population(path: Path, card: dict[str, Any]) -> Population:
                 f"population {path} is of other settings ({'; '.join(differing)}); give this one another name"
             )
     population.write_card()
-    return population
 
 
 def _decisive(card: dict[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, otherwise: str = "resume=null starts another") -> Iterator[None]:
     """Refuses to work in a folder in which another process does.
+
+    Args:
+        otherwise: what can be done instead.
 
     Raises:
         ValueError: the run is going on already.
@@ -51,6 +54,6 @@ def alone(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(
                 f"this run is going on already in {folder} (process {path.read_text(encoding='utf-8').strip()}); "
-                "resume=null starts another"
+                f"{otherwise}"
             ) from error
         yield
