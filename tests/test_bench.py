@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from dd_lightning.commands import bench
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.training.arithmetic import counted, operations
 from dd_lightning.training.cost import BareStep, Engine, Measured, peak_memory, ratio
 from dd_lightning.training.peer import Peer
 from dd_lightning.unroll import AdjointUnroll, HigherUnroll
+
+LIMIT = bench.limit_memory
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +162,23 @@ def test_memory_of_recompute_hardly_grows_with_the_steps():
     assert peak(100) > 5 * peak(10)
     stored, images = 4 * 61706 * 16, 4 * 784 * 900  # weights of the steps, and the gradients of the images
     assert peak(100, recompute=True) < peak(10, recompute=True) + stored + 2 * images
+
+
+@pytest.mark.parametrize(("hard", "gigabytes", "size"), [(-1, 1e300, 2**62), (-1, 2, 2**31), (2**30, 2.0, 2**30)])
+def test_any_number_of_gigabytes_is_a_limit(monkeypatch, hard, gigabytes, size):
+    resource, limits = pytest.importorskip("resource"), []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (hard, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: limits.append(both))
+    LIMIT(gigabytes)
+    assert limits == [(size, hard)]
+
+
+@pytest.mark.parametrize("command", ["bench", "linear", "distill"])
+@pytest.mark.parametrize("seed", ["-1", "nan", "inf", "1.5", str(2**70), "text", "null"])
+def test_a_seed_that_is_none_is_refused(run, command, seed):
+    code, error, _ = run(command, f"seed={seed}")
+    assert (code, error.count("\n") <= 1) == (1, True)
+    assert error.startswith(f"dd-{command}: error: seed must be ")
 
 
 def test_an_unknown_network_is_refused(run):

@@ -16,7 +16,7 @@ from dd_lightning.commands.launch import command
 from dd_lightning.objectives import Classification
 from dd_lightning.outer import OuterLoss
 from dd_lightning.system.atomic import write_json
-from dd_lightning.system.checks import check_choice, check_count, check_positive, check_threads, check_whole
+from dd_lightning.system.checks import check_choice, check_count, check_positive, check_seed, check_threads
 from dd_lightning.system.processor import device_of, hardware, versions
 from dd_lightning.system.words import counted
 from dd_lightning.training.arithmetic import Product, operations
@@ -107,7 +107,7 @@ def check(cfg: DictConfig) -> None:
         ValueError: naming the setting.
     """
     check_count(repeats=cfg.repeats, batch_size=cfg.batch_size)
-    check_whole(seed=cfg.seed)
+    check_seed(cfg.seed)
     lists = {"networks": cfg.networks, "steps": cfg.steps} | {f"per_step.{n}": j for n, j in cfg.per_step.items()}
     for key, value in lists.items():
         if not isinstance(value, ListConfig):
@@ -189,7 +189,8 @@ def limit_memory(gigabytes: float | None) -> None:
         )
         gigabytes = 0.9 * int(free.split()[1]) / 2**20
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30), hard))
+    size = int(min(gigabytes, 2**32) * 2**30)  # no machine has more, and systems count no further
+    resource.setrlimit(resource.RLIMIT_DATA, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
 
 
 main = command("bench")

@@ -20,7 +20,7 @@ from dd_lightning.commands.errors import check_resolved, named
 from dd_lightning.commands.launch import command
 from dd_lightning.commands.relaunch import started_alike
 from dd_lightning.distiller import DatasetDistiller
-from dd_lightning.system.checks import check_choice, check_count, check_positive, check_threads, check_whole
+from dd_lightning.system.checks import check_choice, check_count, check_positive, check_seed, check_threads
 from dd_lightning.system.locking import alone
 from dd_lightning.system.processes import rank
 from dd_lightning.system.signals import interrupted_at_once
@@ -95,10 +95,8 @@ def check(cfg: DictConfig, folder: Path) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    check_whole(seed=cfg.seed)
+    check_seed(cfg.seed)
     check_choice("returned", cfg.returned, ["test", "validation"])
-    if cfg.seed >= 2**32:
-        raise ValueError(f"seed must be below 2³², not {cfg.seed}")
     if not isinstance(cfg.capture, bool):
         raise ValueError(f"capture must be true or false, not {cfg.capture!r}")
     if cfg.threads is not None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from dd_lightning.commands.launch import command
 from dd_lightning.linear import LinearData, Reached, closed_step, exact, random_data, reach, unrolled_step
 from dd_lightning.system.atomic import atomic_path, write_json
-from dd_lightning.system.checks import check_count
+from dd_lightning.system.checks import check_count, check_seed
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def linear(cfg: DictConfig) -> float:
     """
     names = ("dimension", "count", "beyond", "iterations", "restarts", "networks")
     check_count(**{name: cfg[name] for name in names})
+    check_seed(cfg.seed)
     if cfg.count < cfg.dimension:
         raise ValueError(f"count={cfg.count} real data cannot determine dimension={cfg.dimension} weights")
     folder = Path(HydraConfig.get().runtime.output_dir)

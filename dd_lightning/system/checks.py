@@ -29,6 +29,17 @@ def check_whole(**values: object) -> None:
             raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
 
 
+def check_seed(seed: object) -> None:
+    """What torch and Lightning take as a seed.
+
+    Raises:
+        ValueError: no whole number from 0 to below 2³².
+    """
+    check_whole(seed=seed)
+    if seed >= 2**32:  # type: ignore[operator]
+        raise ValueError(f"seed must be below 2³², not {seed}")
+
+
 def check_bool(**values: object) -> None:
     """Each value must be true or false.
 
