@@ -296,6 +296,7 @@ DATA = str(Path(os.environ.get("DD_DATA_DIR", "data")).resolve())  # before a te
 def test_a_run_of_no_known_making_is_not_put_into_the_gallery(run, record, more, message):
     Path("run", ".hydra").mkdir(parents=True)
     Path("run", ".hydra", "overrides.yaml").write_text(record)
+    Path("run", ".hydra", "config.yaml").write_text("seed: 1")
     code, error, _ = run("gallery", "add=run", "entry=x", "commit=1234567", *more)
     assert (code, error.count("\n") <= 1, "Error" in error) == (1, True, False)
     assert message in error

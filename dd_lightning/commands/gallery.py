@@ -79,7 +79,7 @@ def add(run: Path, name: str, commit: str) -> None:
 def made_by(run: Path) -> dict[str, Any]:
     """The command and the seed of a run."""
     folder = run / ".hydra"
-    if not (folder / "overrides.yaml").is_file():
+    if not all((folder / f"{name}.yaml").is_file() for name in ("overrides", "config")):
         raise FileNotFoundError(f"{folder} does not say how the run was made")
     overrides = map(str, record(folder / "overrides.yaml", list))
     kept = [o for o in overrides if not o.lstrip("+").startswith(ELSEWHERE)]
