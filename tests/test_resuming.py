@@ -303,7 +303,7 @@ def test_no_two_commands_work_in_one_folder(run):
     for command, line, folder in (("evaluate", evaluate, "folder"), ("pretrain", pretrain, "populations/toy")):
         with locked(Path(folder, ".lock")):
             code, error, _ = run(command, *line)
-        assert (code, error.count("\n"), "is going on already in " in error) == (1, 1, True)
+        assert (code, error.count("\n") <= 1, "is going on already in " in error) == (1, True, True)
         assert not list(Path(folder).glob("*.json"))
         assert run(command, *line)[:2] == (0, "")
 
