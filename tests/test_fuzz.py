@@ -38,6 +38,7 @@ PAIRS = [p for p in combinations(OPTIONS, 2) if p[0].partition("=")[0] != p[1].p
 WITH = {f"window={name}": ["window.length=1"] for name in ("random", "end", "pool")}
 WITH |= {"window=pool": ["window.length=1", "window.networks=2"]}
 WITH |= {"grow=stages": ["grow.stages=[1,2]", "trainer.max_steps=2"], "images=bases": ["images.count=2"]}
+WITH |= {f"network={name}": ["network.width=8"] for name in ("convnet", "resnet18", "vgg11", "vit_small")}  # quick
 WITH |= {"order=shuffled": ["order.inner_steps=2", "distilled.steps=1", "distilled.epochs=1"]}
 OPTIONS += [f"{group}=nonsense" for group in GROUPS]
 UNTOUCHED = ("traceback", "dry_run", "data_dir", "runs_dir", "expected", "trainer.devices", "trainer.accelerator")
