@@ -202,6 +202,19 @@ def test_a_card_chooses_neither_code_nor_places(run, packed):
     assert "dataset: name must be letters" in error
 
 
+@pytest.mark.parametrize("choice", [None, 3, "../mnist"])
+def test_a_card_without_the_name_of_its_network_is_not_taken_for_the_default(run, packed, choice):
+    packed("mnist", classes=10, size=28)
+    data = DistilledData.create(torch.randn(1, 10, 1, 28, 28), torch.arange(10)[None])
+    data.card["network"] = {"choice": choice, "target": "dd_lightning.networks.MLP"}
+    data.save("distilled.safetensors")
+    line = ("distilled.path=distilled.safetensors", "networks=1", "data_dir=.")
+    code, error, _ = run("evaluate", *line)
+    assert code == 1
+    assert "the card does not say which network the data were distilled with: name it, network=NAME" in error
+    assert run("evaluate", *line, "network=mlp")[:2] == (0, "")
+
+
 OUTSIDE = ("name=../elsewhere", "name=/tmp/elsewhere", "callbacks.resume.dirpath=/tmp/elsewhere")
 OUTSIDE += ("logger.csv.save_dir=../elsewhere", "logger.csv.version=../../../elsewhere")
 

@@ -25,7 +25,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
     `_target_`.
 
     Raises:
-        ValueError: the card names a network or data set that this configuration does not have.
+        ValueError: the card names a network or data set that this configuration does not have, or lacks its name.
     """
     task = task_overrides()
     overrides = []
@@ -35,7 +35,7 @@ def with_card(cfg: DictConfig, card: dict[str, Any]) -> DictConfig:
             continue
         choice = entry.get("choice")
         if not isinstance(choice, str) or not re.fullmatch(r"[\w-]+", choice):
-            continue
+            raise ValueError(f"the card does not say which {group} the data were distilled with: name it, {group}=NAME")
         overrides.append(f"{group}={choice}")
         known = compose("evaluate", overrides=[f"{group}={choice}"])[group]
         if known.get("_target_") != entry.get("target") and not any(o.startswith(f"{group}._target_") for o in task):
