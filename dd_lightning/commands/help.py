@@ -1,9 +1,11 @@
 """What `--help` shows, on one screen: the options of each group, and the settings that belong to no group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 
+from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 
 WIDTH = 120
@@ -18,6 +20,17 @@ def register_help(conf: Path) -> None:
     }
     for name, resolver in helps.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+@contextmanager
+def unlisted() -> Iterator[None]:
+    """Spares Hydra its own listing of all groups, for which our texts have no place: more than half of the time."""
+    listing = Hydra.format_config_groups
+    Hydra.format_config_groups = lambda *_, **__: ""  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.format_config_groups = listing  # type: ignore[method-assign]
 
 
 def options(conf: Path, group: str, text: str) -> str:

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
@@ -23,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dd_lightning.commands.errors import TRACEBACK, one_line, with_overrides
-from dd_lightning.commands.help import register_help
+from dd_lightning.commands.help import register_help, unlisted
 from dd_lightning.commands.keys import check_dashes, check_known, elsewhere, meant
 from dd_lightning.commands.records import leave
 from dd_lightning.commands.resolvers import SWEEP_FOLDER, register, task_overrides
@@ -57,8 +58,9 @@ def command(config_name: str) -> Callable[[], None]:
     def main() -> None:
         check_dashes(program, sys.argv[1:])
         prepare()
+        asks = not {"--help", "-h"}.isdisjoint(sys.argv)
         try:
-            with interrupted_at_once():
+            with interrupted_at_once(), unlisted() if asks else nullcontext():
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
         except BrokenPipeError:
             unheard(program)
