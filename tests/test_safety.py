@@ -26,7 +26,8 @@ class Bomb:
 
 
 def good_checkpoint():
-    return {"pytorch-lightning_version": "2.6", "global_step": 3, "state_dict": {"images": torch.ones(1000)}}
+    parts = {"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "dd_config": {}}
+    return {"pytorch-lightning_version": "2.6", "global_step": 3, "state_dict": {"images": torch.ones(1000)}, **parts}
 
 
 def torch_bytes(content, **options):
