@@ -49,11 +49,17 @@ class Restored(Callback):
 
     def __init__(self, checkpoint: Path | None) -> None:
         self.checkpoint, self.begun = checkpoint, False
+        self._content: dict[str, Any] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._content = checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.checkpoint:
-            self._check(trainer, load_checkpoint(self.checkpoint))
-        self.begun = True
+            self._check(trainer, self._content)
+        self._content, self.begun = {}, True
 
     def _check(self, trainer: pl.Trainer, content: dict[str, Any]) -> None:
         step, batches = content["global_step"], trainer.fit_loop.epoch_loop.batch_progress.current.ready
